@@ -1,0 +1,1 @@
+"""OCRNet (object-contextual representations on HRNet) for street scenes, in plain PyTorch."""

@@ -1,0 +1,346 @@
+"""Cityscapes: the label table, reading files, finding and checking them, and the data sets that training reads.
+
+Data set: "The Cityscapes Dataset for Semantic Urban Scene Understanding", https://arxiv.org/abs/1604.01685
+
+    ROOT/leftImg8bit/SPLIT/CITY/CITY_000000_000019_leftImg8bit.png              photo
+    ROOT/gtFine/SPLIT/CITY/CITY_000000_000019_gtFine_polygons.json              what was annotated
+    ROOT/gtFine/SPLIT/CITY/CITY_000000_000019_gtFine_labelIds.png               the 34 label ids 0 .. 33
+    ROOT/gtFine/SPLIT/CITY/CITY_000000_000019_gtFine_labelTrainIds.png          the 19 train ids 0 .. 18, 255 elsewhere
+
+prepare_cityscapes.py makes the last from one of the two before it. Letters: H W a picture's size, K the 19 classes.
+"""
+
+import itertools
+import json
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from ..errors import InputError
+from .transforms import draw_colour, random_crop
+
+IGNORE = 255  # the train id of everything that is not scored
+
+
+class Label(NamedTuple):
+    name: str
+    id: int  # in labelIds.png, and what the test server wants
+    train_id: int  # what the network learns: 0 .. 18, or 255
+    category: str
+    color: Tuple[int, int, int]
+
+
+# The table is the data set's own (cityscapesScripts, helpers/labels.py).
+LABELS = [
+    Label("unlabeled", 0, 255, "void", (0, 0, 0)),
+    Label("ego vehicle", 1, 255, "void", (0, 0, 0)),
+    Label("rectification border", 2, 255, "void", (0, 0, 0)),
+    Label("out of roi", 3, 255, "void", (0, 0, 0)),
+    Label("static", 4, 255, "void", (0, 0, 0)),
+    Label("dynamic", 5, 255, "void", (111, 74, 0)),
+    Label("ground", 6, 255, "void", (81, 0, 81)),
+    Label("road", 7, 0, "flat", (128, 64, 128)),
+    Label("sidewalk", 8, 1, "flat", (244, 35, 232)),
+    Label("parking", 9, 255, "flat", (250, 170, 160)),
+    Label("rail track", 10, 255, "flat", (230, 150, 140)),
+    Label("building", 11, 2, "construction", (70, 70, 70)),
+    Label("wall", 12, 3, "construction", (102, 102, 156)),
+    Label("fence", 13, 4, "construction", (190, 153, 153)),
+    Label("guard rail", 14, 255, "construction", (180, 165, 180)),
+    Label("bridge", 15, 255, "construction", (150, 100, 100)),
+    Label("tunnel", 16, 255, "construction", (150, 120, 90)),
+    Label("pole", 17, 5, "object", (153, 153, 153)),
+    Label("polegroup", 18, 255, "object", (153, 153, 153)),
+    Label("traffic light", 19, 6, "object", (250, 170, 30)),
+    Label("traffic sign", 20, 7, "object", (220, 220, 0)),
+    Label("vegetation", 21, 8, "nature", (107, 142, 35)),
+    Label("terrain", 22, 9, "nature", (152, 251, 152)),
+    Label("sky", 23, 10, "sky", (70, 130, 180)),
+    Label("person", 24, 11, "human", (220, 20, 60)),
+    Label("rider", 25, 12, "human", (255, 0, 0)),
+    Label("car", 26, 13, "vehicle", (0, 0, 142)),
+    Label("truck", 27, 14, "vehicle", (0, 0, 70)),
+    Label("bus", 28, 15, "vehicle", (0, 60, 100)),
+    Label("caravan", 29, 255, "vehicle", (0, 0, 90)),
+    Label("trailer", 30, 255, "vehicle", (0, 0, 110)),
+    Label("train", 31, 16, "vehicle", (0, 80, 100)),
+    Label("motorcycle", 32, 17, "vehicle", (0, 0, 230)),
+    Label("bicycle", 33, 18, "vehicle", (119, 11, 32)),
+    Label("license plate", -1, 255, "vehicle", (0, 0, 142)),
+]
+CLASSES = sorted((label for label in LABELS if label.train_id != IGNORE), key=lambda label: label.train_id)
+CLASS_NAMES = [label.name for label in CLASSES]
+LABEL_BY_NAME = {label.name: label for label in LABELS}
+
+TRAIN_ID_OF = np.full(256, IGNORE, np.uint8)  # label id -> train id
+for _label in LABELS[:-1]:
+    TRAIN_ID_OF[_label.id] = _label.train_id
+
+
+# ---- train ids -----------------------------------------------------------------------------------------------------
+
+
+def train_ids_from_polygons(path: Path) -> Image.Image:
+    """Draw the train ids of a ``_polygons.json``: a one-channel 8-bit picture of imgWidth x imgHeight.
+
+    As cityscapesScripts' createTrainIdLabelImgs: polygons in the file's order, later over earlier, "persongroup" as
+    person, deleted ones and those without a label id (licence plates) left out, 255 where there is none.
+
+    Raises:
+        InputError: the file is not such a JSON, or names a label that is not in the table.
+    """
+    try:
+        annotation = json.loads(Path(path).read_text())
+        image = Image.new("L", (annotation["imgWidth"], annotation["imgHeight"]), IGNORE)
+        draw = ImageDraw.Draw(image)
+        for item in annotation["objects"]:
+            name = item["label"]
+            if item.get("deleted"):
+                continue
+            if name not in LABEL_BY_NAME and name.endswith("group"):
+                name = name[: -len("group")]
+            if name not in LABEL_BY_NAME:
+                raise InputError(f"{path}: no label {name!r}: expected a name of Cityscapes' table")
+            if LABEL_BY_NAME[name].id >= 0:
+                draw.polygon([(x, y) for x, y in item["polygon"]], fill=LABEL_BY_NAME[name].train_id)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a Cityscapes polygon file ({error!r})") from error
+    return image
+
+
+def train_ids_from_label_ids(path: Path) -> Image.Image:
+    """Translate a ``_labelIds.png`` through the table.
+
+    Raises:
+        InputError: a value is no label id (0 .. 33).
+    """
+    label_ids = read_label(path)
+    values = [v for v, count in enumerate(label_ids.histogram()) if count and v >= len(LABELS) - 1]
+    if values:
+        raise InputError(f"{path}: value {values[0]} is no label id: expected 0 .. {len(LABELS) - 2}")
+    return label_ids.point(TRAIN_ID_OF.tolist())
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """A file that appears whole or not at all: write to the path given, which is renamed when all went well."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_train_ids(target: Path) -> None:
+    """Write ``target`` (a ``_labelTrainIds.png``) from the polygons beside it, or from labelIds where there are none."""
+    stem = str(target)[: -len("labelTrainIds.png")]
+    polygons, label_ids = Path(stem + "polygons.json"), Path(stem + "labelIds.png")
+    image = train_ids_from_polygons(polygons) if polygons.exists() else train_ids_from_label_ids(label_ids)
+    with write_whole(target) as part:
+        image.save(part, format="PNG")
+
+
+def write_missing_train_ids(root: Path, workers: Optional[int] = None) -> None:
+    """Write every ``_labelTrainIds.png`` that is missing and that polygons or labelIds under ``root`` can make.
+
+    Args:
+        workers: processes; None for one a core.
+
+    Raises:
+        InputError: the first broken annotation that was met. What was written before stays.
+    """
+    targets = set()
+    for source in ("polygons.json", "labelIds.png"):
+        for path in Path(root).glob(f"gtFine/*/*/*_gtFine_{source}"):
+            targets.add(path.with_name(path.name[: -len(source)] + "labelTrainIds.png"))
+    missing = sorted(target for target in targets if not target.exists())
+    with ProcessPoolExecutor(workers) as pool:
+        done = pool.map(write_train_ids, missing, chunksize=8)
+        for _ in tqdm(done, total=len(missing), desc="writing train ids", disable=None if missing else True):
+            pass
+
+
+# ---- reading, finding, checking ------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    photo: Path
+    label: Path
+
+
+def read_image(path: Path) -> Image.Image:
+    """A decoded picture.
+
+    Raises:
+        InputError: the file is no picture, or ends early.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, SyntaxError):  # PIL raises SyntaxError for a broken PNG chunk
+        raise InputError(f"{path}: not a picture, or a broken one") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    return image
+
+
+def read_photo(path: Path) -> Image.Image:
+    """A picture as 8-bit RGB, whatever it was: grey, palette, 16 bits and transparency are converted."""
+    image = read_image(path)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a channel: PIL would clip, not scale
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def read_label(path: Path) -> Image.Image:
+    """A one-channel 8-bit picture of ids.
+
+    Raises:
+        InputError: it has several channels or more bits, so its values are no ids.
+    """
+    image = read_image(path)
+    if image.mode not in ("L", "P"):
+        raise InputError(f"{path}: a label has one channel of 8 bits, this one is {image.mode}")
+    return image if image.mode == "L" else Image.fromarray(np.asarray(image))  # a palette's indices are the ids
+
+
+def find_samples(root: Path, split: str) -> List[Sample]:
+    """All photos of a split with their labels, sorted by name.
+
+    Raises:
+        InputError: there are no photos, or one has no label.
+    """
+    root = Path(root)
+    photos = sorted(root.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"))
+    if not photos:
+        raise InputError(
+            f"{root / 'leftImg8bit' / split}: no photos: expected CITY/*_leftImg8bit.png; unpack Cityscapes there "
+            f"(python prepare_cityscapes.py --help) or try the generated data (python train.py --demo)"
+        )
+    samples = []
+    for photo in photos:
+        name = photo.name.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
+        label = root / "gtFine" / split / photo.parent.name / name
+        if not label.exists():
+            raise InputError(
+                f"{photo}: has no label: expected {label}; run python prepare_cityscapes.py --root {root}"
+            )
+        samples.append(Sample(photo, label))
+    return samples
+
+
+def class_counts(sample: Sample, num_classes: int = len(CLASSES)) -> List[int]:
+    """Check one photo and its label; return the label's pixels of each class, and of 255 as the last entry.
+
+    Raises:
+        InputError: sizes differ, or a value is neither a class nor 255.
+    """
+    label = read_label(sample.label)
+    try:
+        with Image.open(sample.photo) as photo:  # reads the header alone
+            size = photo.size
+    except (OSError, SyntaxError):
+        raise InputError(f"{sample.photo}: not a picture, or a broken one") from None
+    if size != label.size:
+        raise InputError(f"{sample.label}: is {label.width}x{label.height}, its photo is {size[0]}x{size[1]}")
+    counts = label.histogram()
+    for value in range(num_classes, IGNORE):
+        if counts[value]:
+            raise InputError(
+                f"{sample.label}: {counts[value]} pixels of value {value}: expected 0 .. {num_classes - 1} or {IGNORE}"
+            )
+    return counts[:num_classes] + [counts[IGNORE]]
+
+
+def check_samples(samples: Sequence[Sample], num_classes: int = len(CLASSES), quiet: bool = False) -> np.ndarray:
+    """``class_counts`` of all samples, in parallel: (len(samples), K + 1) pixel counts. Raises as it does."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        counts = pool.map(lambda sample: class_counts(sample, num_classes), samples)
+        bar = tqdm(counts, total=len(samples), desc="checking labels", disable=quiet or None, leave=False)
+        return np.array(list(bar))
+
+
+# ---- data sets and their order -----------------------------------------------------------------------------------------------------
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A photo as uint8 (3, H, W), a label as uint8 (H, W)."""
+    x = torch.from_numpy(np.array(image))
+    return x.permute(2, 0, 1) if x.ndim == 3 else x
+
+
+class WholeImages(Dataset):
+    """For scoring: item i is photo uint8 (3, H, W) and label uint8 (H, W) of sample i, untouched."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tuple[Tensor, Tensor]:
+        sample = self.samples[index]
+        return to_tensor(read_photo(sample.photo)), to_tensor(read_label(sample.label))
+
+
+class RandomCrops(Dataset):
+    """For training: item (epoch, i) is a random crop of sample i and the colour change drawn for it.
+
+    photo uint8 (3, h, w), label uint8 (h, w), colour float32 (5,): see ``transforms``. What comes out depends on seed,
+    epoch and i alone: not on the rank, the worker or what was drawn before.
+    """
+
+    def __init__(self, samples: Sequence[Sample], crop: Tuple[int, int], seed: int):
+        self.samples = samples
+        self.crop = crop
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Tuple[int, int]) -> Tuple[Tensor, Tensor, Tensor]:
+        epoch, index = key
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        sample = self.samples[index]
+        photo, label = random_crop(read_photo(sample.photo), read_label(sample.label), self.crop, rng)
+        return to_tensor(photo), to_tensor(label), torch.tensor(draw_colour(rng))
+
+
+class EndlessSampler(Sampler):
+    """The order of training: epoch after epoch in a new shuffle, as one endless sequence of (epoch, index).
+
+    Process r of R takes every R-th entry from r on, so that R processes of batch b see, step by step, the same pictures
+    as one process of batch R * b; nothing is padded or dropped at an epoch's end. ``start`` entries of the whole
+    sequence are skipped, which is how a run goes on in the middle of an epoch.
+    """
+
+    def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):
+        self.size = size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
+        shuffled = None
+        for position in itertools.count(self.start + self.rank, self.world_size):
+            epoch, place = divmod(position, self.size)
+            if epoch != shuffled:
+                order = list(range(self.size))
+                random.Random(f"{self.seed} {epoch}").shuffle(order)
+                shuffled = epoch
+            yield epoch, order[place]

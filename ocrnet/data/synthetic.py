@@ -1,0 +1,435 @@
+"""Generated street scenes in Cityscapes' own layout: something to train on where there is no data set.
+
+A scene is a list of flat pieces in a world of metres, each with a Cityscapes label, painted from far to near through a
+pinhole camera. Photo and ``_polygons.json`` come from the same pieces, so the labels are exact, and the labels go
+through the same preparation as real ones. Some pieces are there for that alone: "persongroup", a deleted object, licence
+plates, an ego vehicle.
+
+What a thing is cannot be told from its colour: road, sidewalk, building, wall and fence are drawn from the same greys,
+vehicles, signs and clothes from the same paints. Shape, texture, place and neighbours tell.
+
+The world: X to the right, Y up from the ground, Z away from the camera, in metres. Letters: H W the picture's size.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from .cityscapes import write_whole
+
+SIZE = (128, 256)  # H, W of a picture
+SPLITS = {"train": 240, "val": 60}  # pictures
+SUPERSAMPLING = 2  # photos are painted at twice their size and reduced
+NEAR = 1.5  # metres: nothing closer is drawn
+
+Point = Tuple[float, float, float]
+Texture = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two world coordinates -> brightness factor, about 1
+
+
+# ---- textures: brightness over two coordinates in metres -------------------------------------------------------------
+
+
+def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarray:
+    """Where x, modulo ``period``, lies between two fractions of it."""
+    phase = (x / period) % 1
+    return (phase >= start) & (phase < stop)
+
+
+def plain(a, b):
+    return np.ones_like(a)
+
+
+def tiles(a, b):  # sidewalk: paving stones
+    return np.where(within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06)
+
+
+def windows(a, b):  # building: a grid of panes
+    return np.where(within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05)
+
+
+def bricks(a, b):  # wall: rows, every other one shifted
+    row = np.floor(b / 0.35)
+    return np.where(within(b, 0.35, 0, 0.2) | within(a + 0.4 * row, 0.8, 0, 0.12), 0.7, 1.05)
+
+
+def bars(a, b):  # fence: uprights and two rails, dark between
+    return np.where(within(a, 0.5, 0, 0.4) | within(b, 0.7, 0, 0.2), 1.2, 0.5)
+
+
+def sleepers(a, b):  # rail track
+    return np.where(within(b, 0.8, 0, 0.4), 0.7, 1.1)
+
+
+def panes(a, b):  # bus and train: a row of windows at eye level
+    return np.where((b > 1.5) & (b < 2.4) & within(a, 1.2, 0.12, 0.9), 0.35, 1.0)
+
+
+def planks(a, b):  # truck: the ribs of a box without windows
+    return np.where(within(a, 0.45, 0, 0.15), 0.82, 1.0)
+
+
+def spokes(a, b):  # bicycle
+    return np.where(within(a + b, 0.22, 0, 0.45), 0.35, 1.1)
+
+
+# ---- the painter -----------------------------------------------------------------------------------------------------
+
+
+class Scene:
+    """A picture being painted and the annotation that grows with it."""
+
+    def __init__(self, rng: np.random.Generator, size: Tuple[int, int] = SIZE):
+        self.rng = rng
+        self.height, self.width = size
+        self.objects: List[dict] = []
+        self.focal = self.width * rng.uniform(0.75, 1.0)
+        self.eye = rng.uniform(1.3, 2.0)  # the camera's height above the ground, metres
+        self.center = self.width * rng.uniform(0.4, 0.6)
+        self.horizon = self.height * rng.uniform(0.36, 0.5)
+        self.haze = rng.uniform(0.002, 0.012)  # a metre
+        sky = [(150, 185, 225), (200, 205, 210), (225, 205, 185)][rng.integers(3)]
+        self.sky = np.array(sky) * rng.uniform(0.7, 1.0)
+        self.sun = rng.choice([-1, 1])  # the side of the street that is lit
+        rows, columns = np.mgrid[: SUPERSAMPLING * self.height, : SUPERSAMPLING * self.width]
+        self.x, self.y = (columns + 0.5) / SUPERSAMPLING, (rows + 0.5) / SUPERSAMPLING
+        self.photo = np.zeros((*self.x.shape, 3), np.float32)
+        self.cloud = smooth_noise(rng, self.x.shape)
+        self.grain = rng.standard_normal(self.x.shape).astype(np.float32)
+
+    def project(self, point: Point) -> Tuple[int, int]:
+        """World -> whole pixel, as annotations have them."""
+        x, y, z = point[0], point[1], max(point[2], NEAR)
+        return (
+            round(self.center + self.focal * x / z),
+            round(self.horizon + self.focal * (self.eye - y) / z),
+        )
+
+    def at_pixel(self, x: float, y: float, z: float) -> Point:
+        """Pixel and depth -> world."""
+        return (x - self.center) * z / self.focal, self.eye - (y - self.horizon) * z / self.focal, z
+
+    def paint(
+        self,
+        label: Optional[str],
+        points: Sequence[Point],
+        color: Sequence[float],
+        texture: Texture = plain,
+        roughness: float = 0.04,
+        patches: float = 0.08,
+        deleted: bool = False,
+    ) -> None:
+        """Paint one flat piece; its plane is read off its points (all at one depth, on one side, or on the ground).
+
+        Without a label it is a detail of what is already there. ``roughness`` and ``patches`` are the strengths of the
+        fine and the coarse noise.
+        """
+        polygon = [self.project(point) for point in points]
+        if label:
+            self.objects.append({"label": label, "polygon": polygon, **({"deleted": 1} if deleted else {})})
+        if deleted:
+            return
+        left, top = (max(min(values), 0) * SUPERSAMPLING for values in zip(*polygon))
+        right = min(max(x for x, _ in polygon) + 1, self.width) * SUPERSAMPLING
+        bottom = min(max(y for _, y in polygon) + 1, self.height) * SUPERSAMPLING
+        if left >= right or top >= bottom:
+            return
+        mask = Image.new("1", (right - left, bottom - top))
+        shifted = [((x + 0.5) * SUPERSAMPLING - left, (y + 0.5) * SUPERSAMPLING - top) for x, y in polygon]
+        ImageDraw.Draw(mask).polygon(shifted, fill=1)
+        inside = np.asarray(mask)
+        area = (slice(top, bottom), slice(left, right))
+        a, b, depth = self.world(points, self.x[area][inside], self.y[area][inside])
+        shade = texture(a, b) + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
+        fog = np.exp(-self.haze * depth)[:, None]
+        self.photo[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
+
+    def world(self, points: Sequence[Point], x: np.ndarray, y: np.ndarray) -> Tuple[np.ndarray, ...]:
+        """Pixels of a piece -> two coordinates in its plane and the depth, all in metres."""
+        xs, ys, zs = zip(*points)
+        right, down = (x - self.center) / self.focal, (y - self.horizon) / self.focal  # of a ray, a metre of depth
+        if max(zs) - min(zs) < 1e-6:  # faces the camera
+            z = np.full_like(x, zs[0])
+            return right * z - min(xs), self.eye - down * z, z
+        if max(xs) - min(xs) < 1e-6:  # along the street
+            z = np.clip(xs[0] / np.where(abs(right) < 1e-3, 1e-3, right), NEAR, 200)
+            return z, self.eye - down * z, z
+        z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
+        return right * z, z, z
+
+    def front(self, label, x, y, width, height, z, color, texture=plain, **how) -> None:
+        """A rectangle that faces the camera, its lower left corner at (x, y, z)."""
+        corners = [(x, y, z), (x + width, y, z), (x + width, y + height, z), (x, y + height, z)]
+        self.paint(label, corners, color, texture, **how)
+
+    def side(self, label, x, z, length, height, color, texture=plain, y=0.0, **how) -> None:
+        """A rectangle along the street, from depth z to z + length."""
+        corners = [(x, y, z), (x, y, z + length), (x, y + height, z + length), (x, y + height, z)]
+        self.paint(label, corners, color, texture, **how)
+
+    def ground(self, label, x0, x1, z0, z1, color, texture=plain, **how) -> None:
+        """A rectangle on the ground."""
+        self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **how)
+
+    def finish(self) -> Tuple[Image.Image, dict]:
+        """The photo, with the light, tint and noise of its camera, and the annotation."""
+        gain = self.rng.uniform(0.7, 1.2) * self.rng.uniform(0.94, 1.06, 3)
+        photo = (self.photo * gain + 3 * self.grain[..., None]).clip(0, 255).astype(np.uint8)
+        photo = Image.fromarray(photo).reduce(SUPERSAMPLING)
+        return photo, {"imgHeight": self.height, "imgWidth": self.width, "objects": self.objects}
+
+
+def smooth_noise(rng: np.random.Generator, shape: Tuple[int, int]) -> np.ndarray:
+    """Soft patches of several sizes, about -1 .. 1, (H, W)."""
+    total = np.zeros(shape, np.float32)
+    for cells in (4, 10, 28):
+        coarse = Image.fromarray(rng.uniform(-1, 1, (cells, 2 * cells)).astype(np.float32))
+        total += np.asarray(coarse.resize(shape[::-1], Image.Resampling.BICUBIC)) * 0.6
+    return total
+
+
+# ---- what stands in a street -----------------------------------------------------------------------------------------
+
+
+def grey(rng: np.random.Generator) -> np.ndarray:
+    """One of the greys that road, sidewalk, building, wall and fence share."""
+    return rng.uniform(80, 165) + rng.uniform(-12, 12, 3)
+
+
+def green(rng: np.random.Generator) -> np.ndarray:
+    """One of the greens and browns that vegetation and terrain share."""
+    return np.array([rng.uniform(60, 125), rng.uniform(80, 135), rng.uniform(35, 75)])
+
+
+def vivid(rng: np.random.Generator) -> np.ndarray:
+    """One of the paints that vehicles, signs and clothes share."""
+    paints = [(190, 40, 40), (40, 70, 170), (210, 180, 50), (225, 225, 225), (45, 45, 50), (120, 125, 130), (50, 120, 70)]
+    return np.array(paints[rng.integers(len(paints))]) + rng.uniform(-20, 20, 3)
+
+
+def outline(points: Sequence[Tuple[float, float]], x: float, z: float, flip: bool = False, y: float = 0.0) -> List[Point]:
+    """Metres around a foot point -> a silhouette facing the camera at (x, y, z)."""
+    return [(x + (-u if flip else u), y + v, z) for u, v in points]
+
+
+def disc(u: float, v: float, radius: float, corners: int = 10) -> List[Tuple[float, float]]:
+    angles = np.arange(corners) * 2 * np.pi / corners
+    return [(u + radius * float(np.cos(t)), v + radius * float(np.sin(t))) for t in angles]
+
+
+LEGS = [(-0.22, 0), (-0.05, 0), (0, 0.5), (0.05, 0), (0.22, 0), (0.2, 0.9), (-0.2, 0.9)]
+TORSO = [(-0.2, 0.8), (0.2, 0.8), (0.32, 0.85), (0.28, 1.45), (0.1, 1.52), (-0.1, 1.52), (-0.28, 1.45), (-0.32, 0.85)]
+PERSON = LEGS[:5] + TORSO[1:5] + disc(0, 1.65, 0.15, 6)[:4] + TORSO[5:]
+
+
+def person(scene: Scene, x: float, z: float, label: str = "person") -> None:
+    scene.paint(label, outline(PERSON, x, z), vivid(scene.rng))
+    scene.paint(None, outline(LEGS, x, z), vivid(scene.rng) * 0.7)
+    scene.paint(None, outline(disc(0, 1.65, 0.15, 8), x, z), (190, 150, 125))
+
+
+def two_wheeler(scene: Scene, x: float, z: float, label: str, ridden: bool) -> None:
+    """A bicycle or motorcycle seen from the side, with its rider or parked."""
+    rng, flip = scene.rng, bool(scene.rng.random() < 0.5)
+    color = vivid(rng)
+    if ridden:
+        trunk = [(-0.3, 0.75), (0.25, 0.7), (0.35, 1.25), (0.2, 1.55), (-0.1, 1.55), (-0.3, 1.3)]
+        scene.paint("rider", outline(trunk, x, z, flip), vivid(rng))
+        scene.paint("rider", outline(disc(0.1, 1.75, 0.17, 8), x, z, flip), (185, 145, 120))
+    if label == "bicycle":
+        for u in (-0.55, 0.55):
+            scene.paint(label, outline(disc(u, 0.36, 0.36), x, z, flip), color * 0.6, spokes)
+        scene.paint(label, outline([(-0.55, 0.3), (0.55, 0.3), (0.5, 0.95), (-0.3, 0.85)], x, z, flip), color, spokes)
+    else:
+        body = [(-0.8, 0.4), (0.8, 0.4), (0.65, 1.1), (0.3, 0.9), (-0.75, 0.95)]
+        scene.paint(label, outline(body, x, z, flip), color)
+        for u in (-0.6, 0.6):
+            scene.paint(label, outline(disc(u, 0.33, 0.33), x, z, flip), (35, 35, 38))
+    if ridden:
+        scene.paint("rider", outline([(-0.15, 0.3), (0.1, 0.3), (0.25, 0.8), (-0.2, 0.85)], x, z, flip), vivid(rng) * 0.6)
+
+
+def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
+    """A box on wheels: its side that can be seen, then its front."""
+    rng, color = scene.rng, vivid(scene.rng)
+    width, height, length, texture = {
+        "car": (1.8, 0.85, 4.0, plain),
+        "truck": (2.5, 3.3, 7.5, planks),
+        "bus": (2.5, 3.0, 11.0, panes),
+        "train": (2.8, 3.7, 30.0, panes),
+    }[label]
+    near = x if x > 0 else x + width  # the side toward the middle of the street
+    scene.ground(None, x - 0.2, x + width + 0.2, z - 0.2, z + length, np.full(3, 35), roughness=0.02)
+    scene.side(label, near, z, length, height - 0.25, color * 0.75, texture, y=0.25)
+    if label == "car":  # the cabin, set back on every side
+        scene.side(label, near, z + 0.7, length - 1.5, 0.65, color * 0.3, y=height)
+        roof = [(0.15, height), (width - 0.15, height), (width - 0.35, 1.5), (0.35, 1.5)]
+        scene.paint(label, outline(roof, x, z + 0.5), color * 0.9)
+        glass = [(0.3, height + 0.05), (width - 0.3, height + 0.05), (width - 0.42, 1.42), (0.42, 1.42)]
+        scene.paint(None, outline(glass, x, z + 0.5), np.array([60, 70, 80]))
+    scene.front(label, x, 0.25, width, height - 0.25, z, color)
+    if label != "car":  # a windscreen; the truck's cab is lower than its box
+        top = 0.72 if label == "truck" else 0.92
+        scene.front(None, x + 0.15, 0.45 * height, width - 0.3, (top - 0.45) * height, z, np.array([55, 65, 75]))
+    for u in (0.05, width - 0.45):  # wheels and lights
+        scene.front(label, x + u, 0, 0.4, 0.35, z, np.full(3, 30))
+        scene.front(None, x + u, 0.55, 0.35, 0.2, z, np.array([230, 60, 50]) if rng.random() < 0.5 else np.full(3, 235))
+    if label == "car":
+        scene.front("license plate", x + 0.6, 0.35, 0.6, 0.2, z, np.full(3, 220))
+
+
+def tree(scene: Scene, x: float, z: float) -> None:
+    rng = scene.rng
+    color, height = green(rng) * 0.9, rng.uniform(4, 8)
+    scene.front("vegetation", x - 0.2, 0, 0.4, 0.5 * height, z, np.array([80, 65, 50]))
+    angles = np.arange(14) * 2 * np.pi / 14
+    radii = rng.uniform(0.75, 1.15, 14) * 0.3 * height
+    crown = [(float(r * np.cos(t)), float(0.68 * height + r * np.sin(t))) for r, t in zip(radii, angles)]
+    scene.paint("vegetation", outline(crown, x, z), color, roughness=0.2, patches=0.2)
+
+
+def pole(scene: Scene, x: float, z: float, carries: str) -> None:
+    """A pole, alone or with a sign, a light or a lamp on it."""
+    rng, height = scene.rng, scene.rng.uniform(2.8, 4.5)
+    scene.front("pole", x - 0.1, 0, 0.2, height, z, grey(rng) * 0.8)
+    if carries == "traffic light":
+        scene.front("traffic light", x - 0.25, height - 1.1, 0.5, 1.2, z, np.full(3, 40))
+        lit = int(rng.integers(3))
+        for i, color in enumerate([(60, 200, 110), (230, 180, 50), (220, 50, 40)]):
+            spot = outline(disc(0, height - 0.88 + 0.37 * i, 0.15, 8), x, z)
+            scene.paint(None, spot, np.array(color) * (1 if i == lit else 0.3))
+    elif carries == "traffic sign":
+        corners = int(rng.choice([3, 4, 12]))
+        color = vivid(rng)
+        scene.paint("traffic sign", outline(disc(0, height - 0.3, 0.5, corners), x, z), color)
+        scene.paint(None, outline(disc(0, height - 0.3, 0.3, corners), x, z), np.full(3, 225))
+    elif carries == "lamp":
+        scene.front("pole", x - 0.1, height, 0.9 if x < 0 else -0.7, 0.15, z, grey(rng) * 0.8)
+
+
+def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
+    """What lines the street: a stretch of building, wall, fence or hedge at X = x, from depth z on."""
+    rng = scene.rng
+    light = 1.0 if x * scene.sun > 0 else 0.7
+    outward = 5 if x > 0 else -5
+    if kind == "building":
+        height, color = rng.uniform(6, 16), grey(rng)
+        scene.front(kind, min(x, x + 2 * outward), 0, abs(2 * outward), height, z, color * 1.7 * (1 - light / 2), windows)
+        scene.side(kind, x, z, length, height, color * light, windows)
+    elif kind == "wall":
+        scene.side(kind, x, z, length, rng.uniform(1.8, 3.2), grey(rng) * light, bricks)
+    elif kind == "fence":
+        scene.side(kind, x, z, length, rng.uniform(1.2, 2.2), grey(rng) * light, bars)
+    elif kind == "hedge":
+        scene.side("vegetation", x, z, length, rng.uniform(1.5, 5), green(rng) * light, roughness=0.2, patches=0.2)
+
+
+def street(rng: np.random.Generator, size: Tuple[int, int] = SIZE) -> Tuple[Image.Image, dict]:
+    """One scene: an RGB photo and its annotation, in the form of a ``_polygons.json``."""
+    scene = Scene(rng, size)
+    half = rng.uniform(3.5, 6.0)  # of the road's width
+    walk = rng.uniform(1.8, 3.2)  # width of a sidewalk
+    verge = rng.uniform(2.0, 5.0)  # from there to what lines the street
+    edge = half + walk
+
+    scene.front("sky", -400, -5, 800, 400, 199.0, scene.sky * 1.1, patches=0.12)
+    for x in np.arange(-160, 160, 20):  # what closes the view
+        kind = rng.choice(["building", "vegetation", "none"])
+        if kind != "none":
+            color = grey(rng) if kind == "building" else green(rng)
+            scene.front(kind, x, 0, 24, rng.uniform(6, 20), 100.0, color, roughness=0.1)
+
+    ground = grey(rng)
+    scene.ground("terrain", -300, 300, NEAR, 150, green(rng) * 1.1, roughness=0.12, patches=0.15)
+    scene.ground("road", -half, half, NEAR, 150, ground, roughness=0.07)
+    for side in (-1, 1):
+        inner, outer = sorted((side * half, side * edge))
+        scene.ground("sidewalk", inner, outer, NEAR, 150, ground * rng.uniform(0.85, 1.2), tiles)
+    dash = rng.uniform(2, 4)
+    for z in np.arange(rng.uniform(2, 5), 60, 2 * dash):  # lane markings are road
+        scene.ground(None, -0.09, 0.09, z, z + dash, np.full(3, 205))
+
+    rails = rng.random() < 0.4 and rng.choice([-1, 1])  # a side with a train, or none
+    for side in (-1, 1):
+        z, stretches = rng.uniform(2.5, 6), []
+        while z < 70:
+            length = rng.uniform(6, 16)
+            kind = rng.choice(["building", "wall", "fence", "hedge", "none"], p=[0.36, 0.2, 0.2, 0.14, 0.1])
+            stretches.append((kind, side * (edge + verge + (3.5 if rails == side else 0)), z, length))
+            z += length
+        for kind, x, z, length in reversed(stretches):
+            facade(scene, kind, x, z, length)
+    if rails:
+        x, z = rails * (edge + 0.4 + 2.8 / 2) - 2.8 / 2, rng.uniform(7, 25)
+        scene.ground("rail track", x - 0.3, x + 3.1, NEAR, 150, np.array([110, 100, 95]), sleepers)
+        vehicle(scene, "train", x, z)
+
+    things = []  # (depth, how to paint it); nearest last
+
+    def put(count: int, near: float, far: float, paint: Callable[[float, int], None]) -> None:
+        for _ in range(count):
+            things.append((rng.uniform(near, far), int(rng.choice([-1, 1])), paint))
+
+    on_walk = partial(rng.uniform, half + 0.4, edge - 0.2)
+    put(rng.integers(1, 4), 7, 30, lambda z, s: tree(scene, s * (edge + rng.uniform(0.3, verge - 0.5)), z))
+    put(rng.integers(2, 5), 5, 20, lambda z, s: pole(scene, s * (half + 0.3), z, rng.choice(["lamp", "traffic sign"])))
+    put(rng.integers(1, 4), 5, 16, lambda z, s: pole(scene, s * (half + 0.3), z, "traffic light"))
+    put(rng.integers(1, 5), 5, 18, lambda z, s: person(scene, s * on_walk(), z))
+    put(rng.integers(1, 4), 7, 40, lambda z, s: vehicle(scene, "car", s * half - (2.0 if s > 0 else -0.2), z))
+    put(rng.integers(0, 3), 9, 30, lambda z, s: vehicle(scene, "car", s * half / 2 - 0.9, z))
+    put(rng.random() < 0.4, 9, 22, lambda z, s: vehicle(scene, "truck", s * (half / 2 + 0.4) - 1.25, z))
+    put(rng.random() < 0.4, 9, 22, lambda z, s: vehicle(scene, "bus", s * (half / 2 + 0.4) - 1.25, z))
+    put(rng.integers(0, 3), 5, 14, lambda z, s: two_wheeler(scene, s * rng.uniform(0.8, half - 0.8), z, "bicycle", True))
+    put(rng.integers(0, 2), 5, 14, lambda z, s: two_wheeler(scene, s * rng.uniform(0.8, half - 0.8), z, "motorcycle", True))
+    put(rng.integers(0, 3), 5, 14, lambda z, s: two_wheeler(scene, s * on_walk(), z, "bicycle", False))
+    put(rng.integers(0, 2), 5, 14, lambda z, s: two_wheeler(scene, s * on_walk(), z, "motorcycle", False))
+    for z, side, paint in sorted(things, key=lambda thing: -thing[0]):
+        paint(z, side)
+
+    if rng.random() < 0.3:
+        x, z = rng.uniform(-half, half), rng.uniform(25, 40)
+        person(scene, x, z, "persongroup")
+        scene.paint("car", outline(disc(0, 1, 1.5), x, z), grey(rng), deleted=True)
+    bonnet = rng.uniform(0.02, 0.08) * scene.height  # the car that carries the camera
+    corners = [(0.1, 0.0), (0.9, 0.0), (0.75, bonnet), (0.25, bonnet)]
+    points = [scene.at_pixel(x * scene.width, scene.height - y, NEAR) for x, y in corners]
+    scene.paint("ego vehicle", points, vivid(rng) * 0.5)
+    return scene.finish()
+
+
+# ---- writing a data set ----------------------------------------------------------------------------------------------
+
+
+def write_scene(root: Path, seed: int, split: str, index: int) -> None:
+    """Write photo and annotation of one scene, which depends on seed, split and index alone, unless they are there."""
+    city = f"synth{split}"
+    name = f"{city}_{index:06d}_000000"
+    photo_path = root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png"
+    annotation_path = root / "gtFine" / split / city / f"{name}_gtFine_polygons.json"
+    if photo_path.exists() and annotation_path.exists():
+        return
+    photo, annotation = street(np.random.default_rng([seed, sorted(SPLITS).index(split), index]))
+    for path in (photo_path, annotation_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(photo_path) as part:
+        photo.save(part, format="PNG")
+    with write_whole(annotation_path) as part:
+        part.write_text(json.dumps(annotation))
+
+
+def write_dataset(root: Path, seed: int = 0, workers: Optional[int] = None) -> None:
+    """Write ``SPLITS`` scenes under ``root``, in Cityscapes' layout; what is there already stays.
+
+    Args:
+        workers: processes; None for one a core.
+    """
+    jobs = [(split, index) for split, count in SPLITS.items() for index in range(count)]
+    with ProcessPoolExecutor(workers) as pool:
+        done = pool.map(partial(write_scene, Path(root), seed), *zip(*jobs), chunksize=4)
+        for _ in tqdm(done, total=len(jobs), desc="drawing streets", disable=None):
+            pass

@@ -1,0 +1,124 @@
+"""--device sdaa|cuda|cpu: everything that differs between them, in one table.
+
+SDAA is Tecorigin's accelerator: ``import torch_sdaa`` adds the device "sdaa" and ``torch.sdaa`` to PyTorch, and its
+process-group backend is "tccl". Nothing outside this file asks which device it is.
+"""
+
+import importlib
+import os
+from datetime import timedelta
+from typing import NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .errors import InputError
+
+
+class Kind(NamedTuple):
+    backend: str  # of the process group
+    amp_dtype: torch.dtype  # of autocast
+    amp: bool  # whether mixed precision is on unless told otherwise
+    plugin: Optional[str]  # the package that brings the device
+    sync_bn: bool  # whether torch.nn.SyncBatchNorm works there
+
+
+# In order of preference. On a CPU mixed precision is off: without bf16 instructions it is several times slower.
+KINDS = {
+    "sdaa": Kind("tccl", torch.float16, True, "torch_sdaa", False),
+    "cuda": Kind("nccl", torch.float16, True, None, True),
+    "cpu": Kind("gloo", torch.bfloat16, False, None, False),
+}
+
+
+def is_present(name: str) -> bool:
+    """Whether a device of this kind can be used here. Imports its plugin, which is what makes it known to PyTorch."""
+    if name == "cpu":
+        return True
+    plugin = KINDS[name].plugin
+    if plugin and importlib.util.find_spec(plugin):
+        importlib.import_module(plugin)
+    return hasattr(torch, name) and getattr(torch, name).is_available()
+
+
+class Accelerator:
+    """This process's device and its place among the processes that torchrun started.
+
+    Attributes:
+        device: torch.device of this process.
+        rank, world_size: 0 and 1 without torchrun.
+        kind: its line of ``KINDS``.
+
+    Raises:
+        InputError: the device was asked for and is not there, or there are fewer of it than processes on this host.
+    """
+
+    def __init__(self, name: Optional[str] = None):
+        if name is None:
+            name = next(kind for kind in KINDS if is_present(kind))
+        elif not is_present(name):
+            present = ", ".join(kind for kind in KINDS if is_present(kind))
+            raise InputError(f"--device {name}: not there: expected one of {present}, or leave --device out")
+        self.kind = KINDS[name]
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.module = getattr(torch, name)  # torch.cuda, torch.sdaa, torch.cpu
+        if name == "cpu":
+            self.device = torch.device("cpu")
+        else:
+            count = self.module.device_count()
+            if local_rank >= count:
+                raise InputError(f"--device {name}: process {local_rank} of this host has no card: there are {count}")
+            self.device = torch.device(name, local_rank)
+            self.module.set_device(local_rank)  # before the process group: tccl refuses otherwise
+        if "RANK" in os.environ:  # under torchrun, be it with one process
+            dist.init_process_group(self.kind.backend, timeout=timedelta(minutes=30))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def autocast(self, enabled: bool) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.kind.amp_dtype, enabled=enabled)
+
+    def grad_scaler(self, enabled: bool):
+        """Loss scaling for fp16, whose small gradients would vanish; without effect for anything else."""
+        enabled = enabled and self.kind.amp_dtype == torch.float16
+        if self.kind.plugin:
+            return self.module.amp.GradScaler(enabled=enabled)
+        return torch.amp.GradScaler(self.device.type, enabled=enabled)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model for the training step: under torchrun one whose gradients are means over all processes."""
+        if not dist.is_initialized():
+            return model
+        device_ids = None if self.device.type == "cpu" else [self.device.index]
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+
+    def sync_bn(self, model: nn.Module) -> nn.Module:
+        """The model with BatchNorm over all processes' images, where the device has it."""
+        if dist.is_initialized() and self.kind.sync_bn:
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if dist.is_initialized():
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean of a tensor over all processes."""
+        if dist.is_initialized():
+            dist.all_reduce(x)
+        return x / self.world_size
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __str__(self) -> str:
+        name = "" if self.device.type == "cpu" else f" ({self.module.get_device_name(self.device.index)})"
+        return f"{self.device.type}{name}, {self.world_size} process{'es' if self.world_size > 1 else ''}"

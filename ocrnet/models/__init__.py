@@ -1,0 +1,7 @@
+"""The network: image in, two logit maps out. Knows nothing of data, devices or, but for weights.py, files."""
+
+from .hrnet import HRNet
+from .ocr import ObjectAttention, OCRHead, SpatialGather
+from .ocrnet import VARIANTS, OCRNet, build_model
+
+__all__ = ["HRNet", "OCRHead", "OCRNet", "ObjectAttention", "SpatialGather", "VARIANTS", "build_model"]

@@ -1,0 +1,117 @@
+"""Object-contextual representations: describe each pixel by the object it belongs to.
+
+Paper: "Object-Contextual Representations for Semantic Segmentation", https://arxiv.org/abs/1909.11065
+
+    1. soft object regions             M_1 .. M_K, one map a class, from a first, coarse segmentation
+    2. object region representations   f_k = sum_i m~_ki x_i                  (SpatialGather)
+    3. pixel-region relation           w_ik = softmax_k( phi(x_i) . psi(f_k) / sqrt(D) )     (ObjectAttention)
+       object-contextual               y_i = rho( sum_k w_ik delta(f_k) )
+       augmented                       z_i = g( [y_i, x_i] ), from which the final segmentation is made
+
+Letters: B batch, C channels of a pixel representation (512), H W the feature map's size, N = H * W its pixels,
+K classes (one object region each), D key channels (256). Tensors carry the paper's letters: x pixel representations,
+m the weights of the soft object regions, f region representations, w relations, y contexts, z augmented.
+"""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .hrnet import conv_bn
+
+
+class SpatialGather(nn.Module):
+    """Object region representations: each class's mean pixel, weighted by its soft object region.
+
+    f_k = sum_i m~_ki x_i, with m~_k the softmax of region map k over the *pixels*, so that the N weights of a class
+    sum to one. Runs in fp32 whatever autocast says: a weight is about 1/N (3e-5 for the 32,768 pixels of a 512x1024
+    crop), below the smallest normal fp16 number (6e-5), and the sum has as many terms.
+    """
+
+    def forward(self, x: Tensor, region_logits: Tensor) -> Tensor:
+        """x (B, C, H, W), region_logits (B, K, H, W) -> f (B, C, K, 1), in x's dtype or fp32 if that is wider."""
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            m = region_logits.to(dtype).flatten(2).softmax(dim=2)  # (B, K, N), each row sums to one
+            x = x.to(dtype).flatten(2).transpose(1, 2)  # (B, N, C)
+            f = m @ x  # (B, K, C)
+        return f.transpose(1, 2).unsqueeze(3)  # (B, C, K, 1): an image of K pixels, for 1x1 convolutions
+
+
+class ObjectAttention(nn.Module):
+    """Pixel-region relation and object-contextual representations.
+
+    w_ik = softmax over the *classes* of phi(x_i) . psi(f_k) / sqrt(D); y_i = rho(sum_k w_ik delta(f_k)).
+    phi, psi, delta and rho are 1x1 convolutions with BatchNorm and ReLU, phi and psi two of them. The paper's relation
+    has no 1/sqrt(D); its authors' code has, and so has every checkpoint.
+    """
+
+    def __init__(self, in_channels: int = 512, key_channels: int = 256):
+        super().__init__()
+        self.scale = key_channels**-0.5
+        self.phi = nn.Sequential(conv_bn(in_channels, key_channels, 1), conv_bn(key_channels, key_channels, 1))
+        self.psi = nn.Sequential(conv_bn(in_channels, key_channels, 1), conv_bn(key_channels, key_channels, 1))
+        self.delta = conv_bn(in_channels, key_channels, 1)
+        self.rho = conv_bn(key_channels, in_channels, 1)
+
+    def forward(self, x: Tensor, f: Tensor) -> Tensor:
+        """x (B, C, H, W), f (B, C, K, 1) -> y (B, C, H, W)."""
+        w = self.relation(x, f)  # (B, N, K)
+        v = self.delta(f).flatten(2).transpose(1, 2)  # (B, K, D)
+        y = (w @ v).transpose(1, 2)  # (B, D, N)
+        return self.rho(y.unflatten(2, x.shape[-2:]))  # (B, C, H, W)
+
+    def relation(self, x: Tensor, f: Tensor) -> Tensor:
+        """w (B, N, K): how much pixel i belongs to each of the K regions; each row sums to one."""
+        q = self.phi(x).flatten(2).transpose(1, 2) * self.scale  # (B, N, D), scaled first: fp16's range is small
+        k = self.psi(f).flatten(2)  # (B, D, K)
+        return (q @ k).softmax(dim=2)
+
+
+class OCRHead(nn.Module):
+    """The OCR head: features -> logits of the final segmentation and of the soft object regions.
+
+    Args:
+        in_channels: channels of the features that pixel representations are made from.
+        region_in_channels: channels of the features that soft object regions are made from.
+        region_channels, region_kernel_size: width and kernel of the region head's hidden layer.
+        num_classes: K.
+        channels: C, of a pixel representation.
+        key_channels: D.
+        region_dropout, dropout: probability, in training, of dropping a whole channel before either classifier. The
+            recipe has none with HRNet, 0.1 with ResNet.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        region_in_channels: int,
+        region_channels: int,
+        num_classes: int,
+        region_kernel_size: int = 1,
+        channels: int = 512,
+        key_channels: int = 256,
+        region_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.region_head = nn.Sequential(
+            conv_bn(region_in_channels, region_channels, region_kernel_size),
+            nn.Dropout2d(region_dropout),
+            nn.Conv2d(region_channels, num_classes, 1),
+        )
+        self.pixel_head = conv_bn(in_channels, channels, 3)
+        self.gather = SpatialGather()
+        self.attention = ObjectAttention(channels, key_channels)
+        self.g = conv_bn(2 * channels, channels, 1)
+        self.classifier = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1))
+
+    def forward(self, region_features: Tensor, features: Tensor) -> Tuple[Tensor, Tensor]:
+        """Two feature maps (B, channels, H, W) -> logits (B, K, H, W), region_logits (B, K, H, W)."""
+        region_logits = self.region_head(region_features)  # (B, K, H, W) soft object regions, before their softmax
+        x = self.pixel_head(features)  # (B, C, H, W) pixel representations
+        f = self.gather(x, region_logits)  # (B, C, K, 1) object region representations
+        y = self.attention(x, f)  # (B, C, H, W) object-contextual representations
+        z = self.g(torch.cat([y, x], dim=1))  # (B, C, H, W) augmented representations
+        return self.classifier(z), region_logits

@@ -1,0 +1,33 @@
+"""Draw loss, learning rate and validation mIoU of one or more runs.
+
+    python plot_curve.py runs/hr18                                  writes runs/hr18/curve.png
+    python plot_curve.py runs/hr18 runs/hr48 --out both.png
+    python plot_curve.py runs/hr18 train_sdaa_3rd.log --out both.png    beside a log of mmengine
+
+A log is a run's folder, its log.jsonl, or the text that mmengine (mmsegmentation 1.x) writes.
+"""
+
+import argparse
+from pathlib import Path
+
+from ocrnet.errors import run
+from ocrnet.visualize import plot_curves, read_log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="folder of a run, log.jsonl, or mmengine's log")
+    parser.add_argument("--out", type=Path, help="PNG to write (default: curve.png beside the first log)")
+    args = parser.parse_args()
+    runs = [read_log(log) for log in args.logs]
+    first = args.logs[0]
+    out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
+    plot_curves(runs, out)
+    for log in runs:
+        best = f", best mIoU {max(entry['mIoU'] for entry in log.val):.2%}" if log.val else ""
+        print(f"{log.name}: {len(log.train)} training entries, {len(log.val)} validations{best}")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run(main)

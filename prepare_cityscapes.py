@@ -1,0 +1,97 @@
+"""Make Cityscapes ready for training: unpack the zips, write the train ids, say what is there.
+
+    python prepare_cityscapes.py                        data/cityscapes holds the zips, or leftImg8bit and gtFine
+    python prepare_cityscapes.py --zips ~/Downloads     the zips are elsewhere
+    python prepare_cityscapes.py --synthetic            write the generated data set instead
+
+Only what is missing is done, so it can be interrupted and run again.
+"""
+
+import argparse
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ocrnet.data.cityscapes import CLASS_NAMES, check_samples, find_samples, write_missing_train_ids, write_whole
+from ocrnet.data.synthetic import write_dataset
+from ocrnet.errors import InputError, run
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, help="the data set's folder (default: data/cityscapes or data/synthetic)")
+    parser.add_argument("--zips", type=Path, metavar="DIR", help="folder with the downloaded *.zip (default: the root)")
+    parser.add_argument("--synthetic", action="store_true", help="write the generated data set")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    args = parser.parse_args()
+    if args.root is None:
+        args.root = Path("data/synthetic" if args.synthetic else "data/cityscapes")
+    return args
+
+
+def unpack(archive_path: Path, root: Path) -> None:
+    """Extract what is not there yet, each file whole or not at all.
+
+    Raises:
+        InputError: it is no zip, is damaged, or an entry would land outside the root (nothing is written then).
+    """
+    try:
+        with zipfile.ZipFile(archive_path) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            for entry in entries:
+                if not (root / entry.filename).resolve().is_relative_to(root.resolve()):
+                    raise InputError(f"{archive_path}: entry {entry.filename!r} would land outside {root}")
+            for entry in tqdm(entries, desc=archive_path.name, disable=None):
+                target = root / entry.filename
+                if target.exists() and target.stat().st_size == entry.file_size:
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with write_whole(target) as part, archive.open(entry) as source, open(part, "wb") as file:
+                    shutil.copyfileobj(source, file)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{archive_path}: not a zip, or a damaged one ({error})") from None
+
+
+def print_summary(root: Path) -> None:
+    """Pictures a split, and each class's share of the labelled pixels."""
+    shares = {}
+    for split in sorted(path.name for path in (root / "leftImg8bit").iterdir() if path.is_dir()):
+        if split == "test":  # its labels are dummies
+            photos = len(list((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")))
+            print(f"{split}: {photos} pictures, whose labels are not public")
+            continue
+        samples = find_samples(root, split)
+        counts = check_samples(samples).sum(0)
+        print(f"{split}: {len(samples)} pictures, {counts[:-1].sum() / counts.sum():.1%} of their pixels labelled")
+        shares[split] = counts[:-1] / max(counts[:-1].sum(), 1)
+    print(f"\n{'class':15}" + "".join(f"{split:>9}" for split in shares))
+    for k, name in enumerate(CLASS_NAMES):
+        print(f"{name:15}" + "".join(f"{share[k]:9.3%}" for share in shares.values()))
+
+
+def main() -> None:
+    args = parse_args()
+    if args.synthetic:
+        write_dataset(args.root, workers=args.workers)
+    zips = args.zips or args.root
+    if args.zips and not args.zips.is_dir():
+        raise InputError(f"--zips {zips}: no such folder")
+    archives = sorted(zips.glob("*.zip"))
+    if args.zips and not archives:
+        raise InputError(f"--zips {zips}: no *.zip there: expected leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip")
+    for archive in archives:
+        unpack(archive, args.root)
+    if not (args.root / "leftImg8bit").is_dir():
+        raise InputError(
+            f"{args.root}: no folder leftImg8bit and no *.zip: expected Cityscapes' leftImg8bit_trainvaltest.zip and "
+            f"gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com, or use --synthetic"
+        )
+    write_missing_train_ids(args.root, args.workers)
+    print_summary(args.root)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -16,7 +16,9 @@ from ocrnet.visualize import plot_curves, read_log
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="folder of a run, log.jsonl, or mmengine's log")
+    parser.add_argument(
+        "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or mmengine's log"
+    )
     parser.add_argument("--out", type=Path, help="PNG to write (default: curve.png beside the first log)")
     args = parser.parse_args()
     runs = [read_log(log) for log in args.logs]

@@ -81,7 +81,7 @@ def main() -> None:
         raise InputError(f"--zips {zips}: no such folder")
     archives = sorted(zips.glob("*.zip"))
     if args.zips and not archives:
-        raise InputError(f"--zips {zips}: no *.zip there: expected leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip")
+        raise InputError(f"--zips {zips}: no *.zip there: expected leftImg8bit_trainvaltest.zip and its gtFine")
     for archive in archives:
         unpack(archive, args.root)
     if not (args.root / "leftImg8bit").is_dir():

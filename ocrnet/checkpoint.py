@@ -1,7 +1,7 @@
 """Checkpoints: tensors and plain Python only, written whole or not at all.
 
-    {"model": state_dict, "config": {"model": "hr18", "num_classes": 19}, "iter": iterations done, "best": best mIoU,
-     "optimizer": state_dict, "scaler": state_dict, "args": the flags of the run}
+{"model": state_dict, "config": {"model": "hr18", "num_classes": 19}, "iter": iterations done, "best": best mIoU,
+ "optimizer": state_dict, "scaler": state_dict, "args": the flags of the run}
 """
 
 import os

@@ -7,7 +7,7 @@ process-group backend is "tccl". Nothing outside this file asks which device it 
 import importlib
 import os
 from datetime import timedelta
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ class Kind(NamedTuple):
     backend: str  # of the process group
     amp_dtype: torch.dtype  # of autocast
     amp: bool  # whether mixed precision is on unless told otherwise
-    plugin: Optional[str]  # the package that brings the device
+    plugin: str | None  # the package that brings the device
     sync_bn: bool  # whether torch.nn.SyncBatchNorm works there
 
 
@@ -54,7 +54,7 @@ class Accelerator:
         InputError: the device was asked for and is not there, or there are fewer of it than processes on this host.
     """
 
-    def __init__(self, name: Optional[str] = None):
+    def __init__(self, name: str | None = None):
         if name is None:
             name = next(kind for kind in KINDS if is_present(kind))
         elif not is_present(name):

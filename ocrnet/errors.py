@@ -1,7 +1,7 @@
 """The one exception that is the user's to mend, not the programmer's."""
 
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 
 class InputError(ValueError):

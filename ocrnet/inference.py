@@ -30,8 +30,8 @@ def score(
 ) -> ConfusionMatrix:
     """The confusion matrix of a data set of (photo, label), whole pictures, summed over all processes.
 
-    Process r of R takes pictures r, r + R, ...: each counts once, also where their number is no multiple of R. The model
-    must not be wrapped in DDP, whose forward would wait for processes that have one picture less.
+    Process r of R takes pictures r, r + R, ...: each counts once, also where their number is no multiple of R. The
+    model must not be wrapped in DDP, whose forward would wait for processes that have one picture less.
     """
     training = model.training
     model.eval()

@@ -3,8 +3,6 @@
 Letters: B batch, K classes, H W the crop's size, t an iteration, T their number.
 """
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +19,7 @@ def pixel_loss(logits: Tensor, label: Tensor, ignore: int = 255) -> Tensor:
     return F.cross_entropy(logits.float(), label, ignore_index=ignore, reduction="sum") / label.numel()
 
 
-def ocr_loss(logits: Tensor, region_logits: Tensor, label: Tensor) -> Tuple[Tensor, Tensor]:
+def ocr_loss(logits: Tensor, region_logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """-> loss to minimise, and its two parts (2,) without gradient: of the final segmentation and of the regions."""
     final, regions = pixel_loss(logits, label), pixel_loss(region_logits, label)
     return final + REGION_WEIGHT * regions, torch.stack([final.detach(), regions.detach()])

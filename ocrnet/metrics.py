@@ -3,7 +3,7 @@
 Letters: K classes, H W a picture's size.
 """
 
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist

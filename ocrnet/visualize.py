@@ -5,19 +5,19 @@ Letters: H W a picture's size, K classes.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from .data.cityscapes import CLASSES, IGNORE
 from .errors import InputError
 
 matplotlib.use("Agg")  # files only: no screen is needed
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
 
 PALETTE = np.zeros((256, 3), np.uint8)  # train id -> RGB; 255 is black
 for _label in CLASSES:
@@ -62,8 +62,8 @@ def save_samples(
 
 class Run(NamedTuple):
     name: str
-    train: List[Dict[str, float]]  # iter, loss, lr
-    val: List[Dict[str, float]]  # iter, mIoU (0 .. 1)
+    train: list[dict[str, float]]  # iter, loss, lr
+    val: list[dict[str, float]]  # iter, mIoU (0 .. 1)
 
 
 def read_log(path: Path) -> Run:
@@ -86,7 +86,7 @@ def read_log(path: Path) -> Run:
         if entry:
             (train if entry["split"] == "train" else val).append(entry)
     if not train and not val:
-        raise InputError(f"{path}: no log: expected log.jsonl or lines like 'Iter(train) [ 50/40000] lr: ... loss: ...'")
+        raise InputError(f"{path}: no log: expected log.jsonl or mmengine's 'Iter(train) [ 50/40000] ... loss: ...'")
     return Run(name, train, val)
 
 
@@ -98,8 +98,8 @@ def parse_json_line(line: str) -> dict:
         return {}
 
 
-def parse_mmengine_line(line: str, train: List[dict]) -> dict:
-    """'... Iter(train) [ 1435/40000] lr: 9.7e-03 ... loss: 0.6168 ...' or '... Iter(val) [500/500] ... mIoU: 76.61 ...'.
+def parse_mmengine_line(line: str, train: list[dict]) -> dict:
+    """'Iter(train) [ 1435/40000] lr: 9.7e-03 ... loss: 0.6168 ...' or 'Iter(val) [500/500] ... mIoU: 76.61 ...'.
 
     The brackets of a validation count pictures, so it belongs to the last training line's iteration.
     """
@@ -128,9 +128,9 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
         if run.train:
             iters = [entry["iter"] for entry in run.train]
             values = [entry["loss"] for entry in run.train]
-            window = max(len(values) // 20, 1)
+            window = len(values) // 15 + 1
             loss.plot(iters, values, color=color, alpha=0.3, linewidth=1)
-            loss.plot(iters, smooth(values, window), color=color, label=f"{run.name} (mean of {window} entries)")
+            loss.plot(iters, smooth(values, window), color=color, label=f"{run.name}, mean of {window} entries")
             lr.plot(iters, [entry["lr"] for entry in run.train], color=color, label=run.name)
         if run.val:
             scores = [100 * entry["mIoU"] for entry in run.val]
@@ -141,7 +141,7 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
     loss.set(title="training loss", xlabel="iteration", ylabel="loss (final + 0.4 regions)")
     lr.set(title="learning rate", xlabel="iteration", ylabel="learning rate")
     score.set(title="validation", xlabel="iteration", ylabel="mIoU (%)")
-    score.margins(y=0.15)
+    score.margins(x=0.1, y=0.15)
     for axis in (loss, lr, score):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

@@ -14,10 +14,11 @@ import itertools
 import json
 import os
 import random
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Label(NamedTuple):
     id: int  # in labelIds.png, and what the test server wants
     train_id: int  # what the network learns: 0 .. 18, or 255
     category: str
-    color: Tuple[int, int, int]
+    color: tuple[int, int, int]
 
 
 # The table is the data set's own (cityscapesScripts, helpers/labels.py).
@@ -113,7 +114,9 @@ def train_ids_from_polygons(path: Path) -> Image.Image:
                 raise InputError(f"{path}: no label {name!r}: expected a name of Cityscapes' table")
             if LABEL_BY_NAME[name].id >= 0:
                 draw.polygon([(x, y) for x, y in item["polygon"]], fill=LABEL_BY_NAME[name].train_id)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # not JSON, or JSON of another shape
         raise InputError(f"{path}: not a Cityscapes polygon file ({error!r})") from error
     return image
 
@@ -143,7 +146,7 @@ def write_whole(path: Path) -> Iterator[Path]:
 
 
 def write_train_ids(target: Path) -> None:
-    """Write ``target`` (a ``_labelTrainIds.png``) from the polygons beside it, or from labelIds where there are none."""
+    """Write ``target``, a ``_labelTrainIds.png``, from the polygons beside it or, without them, from labelIds."""
     stem = str(target)[: -len("labelTrainIds.png")]
     polygons, label_ids = Path(stem + "polygons.json"), Path(stem + "labelIds.png")
     image = train_ids_from_polygons(polygons) if polygons.exists() else train_ids_from_label_ids(label_ids)
@@ -151,7 +154,7 @@ def write_train_ids(target: Path) -> None:
         image.save(part, format="PNG")
 
 
-def write_missing_train_ids(root: Path, workers: Optional[int] = None) -> None:
+def write_missing_train_ids(root: Path, workers: int | None = None) -> None:
     """Write every ``_labelTrainIds.png`` that is missing and that polygons or labelIds under ``root`` can make.
 
     Args:
@@ -218,7 +221,7 @@ def read_label(path: Path) -> Image.Image:
     return image if image.mode == "L" else Image.fromarray(np.asarray(image))  # a palette's indices are the ids
 
 
-def find_samples(root: Path, split: str) -> List[Sample]:
+def find_samples(root: Path, split: str) -> list[Sample]:
     """All photos of a split with their labels, sorted by name.
 
     Raises:
@@ -236,14 +239,12 @@ def find_samples(root: Path, split: str) -> List[Sample]:
         name = photo.name.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
         label = root / "gtFine" / split / photo.parent.name / name
         if not label.exists():
-            raise InputError(
-                f"{photo}: has no label: expected {label}; run python prepare_cityscapes.py --root {root}"
-            )
+            raise InputError(f"{photo}: has no label: expected {label}; run python prepare_cityscapes.py --root {root}")
         samples.append(Sample(photo, label))
     return samples
 
 
-def class_counts(sample: Sample, num_classes: int = len(CLASSES)) -> List[int]:
+def class_counts(sample: Sample, num_classes: int = len(CLASSES)) -> list[int]:
     """Check one photo and its label; return the label's pixels of each class, and of 255 as the last entry.
 
     Raises:
@@ -263,7 +264,7 @@ def class_counts(sample: Sample, num_classes: int = len(CLASSES)) -> List[int]:
             raise InputError(
                 f"{sample.label}: {counts[value]} pixels of value {value}: expected 0 .. {num_classes - 1} or {IGNORE}"
             )
-    return counts[:num_classes] + [counts[IGNORE]]
+    return [*counts[:num_classes], counts[IGNORE]]
 
 
 def check_samples(samples: Sequence[Sample], num_classes: int = len(CLASSES), quiet: bool = False) -> np.ndarray:
@@ -274,13 +275,18 @@ def check_samples(samples: Sequence[Sample], num_classes: int = len(CLASSES), qu
         return np.array(list(bar))
 
 
-# ---- data sets and their order -----------------------------------------------------------------------------------------------------
+# ---- data sets and their order ------------------------------------------------------------------------------------
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """A photo as uint8 (3, H, W), a label as uint8 (H, W)."""
     x = torch.from_numpy(np.array(image))
     return x.permute(2, 0, 1) if x.ndim == 3 else x
+
+
+def read_label_tensor(sample: Sample) -> Tensor:
+    """The label of a sample, uint8 (H, W)."""
+    return to_tensor(read_label(sample.label))
 
 
 class WholeImages(Dataset):
@@ -292,9 +298,9 @@ class WholeImages(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         sample = self.samples[index]
-        return to_tensor(read_photo(sample.photo)), to_tensor(read_label(sample.label))
+        return to_tensor(read_photo(sample.photo)), read_label_tensor(sample)
 
 
 class RandomCrops(Dataset):
@@ -304,7 +310,7 @@ class RandomCrops(Dataset):
     epoch and i alone: not on the rank, the worker or what was drawn before.
     """
 
-    def __init__(self, samples: Sequence[Sample], crop: Tuple[int, int], seed: int):
+    def __init__(self, samples: Sequence[Sample], crop: tuple[int, int], seed: int):
         self.samples = samples
         self.crop = crop
         self.seed = seed
@@ -312,7 +318,7 @@ class RandomCrops(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: Tuple[int, int]) -> Tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
         sample = self.samples[index]
@@ -335,7 +341,7 @@ class EndlessSampler(Sampler):
         self.world_size = world_size
         self.start = start
 
-    def __iter__(self) -> Iterator[Tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         shuffled = None
         for position in itertools.count(self.start + self.rank, self.world_size):
             epoch, place = divmod(position, self.size)

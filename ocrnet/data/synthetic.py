@@ -2,8 +2,8 @@
 
 A scene is a list of flat pieces in a world of metres, each with a Cityscapes label, painted from far to near through a
 pinhole camera. Photo and ``_polygons.json`` come from the same pieces, so the labels are exact, and the labels go
-through the same preparation as real ones. Some pieces are there for that alone: "persongroup", a deleted object, licence
-plates, an ego vehicle.
+through the same preparation as real ones. Some pieces are there for that alone: "persongroup", a deleted object,
+licence plates, an ego vehicle.
 
 What a thing is cannot be told from its colour: road, sidewalk, building, wall and fence are drawn from the same greys,
 vehicles, signs and clothes from the same paints. Shape, texture, place and neighbours tell.
@@ -12,10 +12,11 @@ The world: X to the right, Y up from the ground, Z away from the camera, in metr
 """
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Tuple
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -28,7 +29,7 @@ SPLITS = {"train": 240, "val": 60}  # pictures
 SUPERSAMPLING = 2  # photos are painted at twice their size and reduced
 NEAR = 1.5  # metres: nothing closer is drawn
 
-Point = Tuple[float, float, float]
+Point = tuple[float, float, float]
 Texture = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two world coordinates -> brightness factor, about 1
 
 
@@ -84,10 +85,10 @@ def spokes(a, b):  # bicycle
 class Scene:
     """A picture being painted and the annotation that grows with it."""
 
-    def __init__(self, rng: np.random.Generator, size: Tuple[int, int] = SIZE):
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int] = SIZE):
         self.rng = rng
         self.height, self.width = size
-        self.objects: List[dict] = []
+        self.objects: list[dict] = []
         self.focal = self.width * rng.uniform(0.75, 1.0)
         self.eye = rng.uniform(1.3, 2.0)  # the camera's height above the ground, metres
         self.center = self.width * rng.uniform(0.4, 0.6)
@@ -102,7 +103,7 @@ class Scene:
         self.cloud = smooth_noise(rng, self.x.shape)
         self.grain = rng.standard_normal(self.x.shape).astype(np.float32)
 
-    def project(self, point: Point) -> Tuple[int, int]:
+    def project(self, point: Point) -> tuple[int, int]:
         """World -> whole pixel, as annotations have them."""
         x, y, z = point[0], point[1], max(point[2], NEAR)
         return (
@@ -116,7 +117,7 @@ class Scene:
 
     def paint(
         self,
-        label: Optional[str],
+        label: str | None,
         points: Sequence[Point],
         color: Sequence[float],
         texture: Texture = plain,
@@ -149,7 +150,7 @@ class Scene:
         fog = np.exp(-self.haze * depth)[:, None]
         self.photo[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
 
-    def world(self, points: Sequence[Point], x: np.ndarray, y: np.ndarray) -> Tuple[np.ndarray, ...]:
+    def world(self, points: Sequence[Point], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
         """Pixels of a piece -> two coordinates in its plane and the depth, all in metres."""
         xs, ys, zs = zip(*points)
         right, down = (x - self.center) / self.focal, (y - self.horizon) / self.focal  # of a ray, a metre of depth
@@ -176,7 +177,7 @@ class Scene:
         """A rectangle on the ground."""
         self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **how)
 
-    def finish(self) -> Tuple[Image.Image, dict]:
+    def finish(self) -> tuple[Image.Image, dict]:
         """The photo, with the light, tint and noise of its camera, and the annotation."""
         gain = self.rng.uniform(0.7, 1.2) * self.rng.uniform(0.94, 1.06, 3)
         photo = (self.photo * gain + 3 * self.grain[..., None]).clip(0, 255).astype(np.uint8)
@@ -184,7 +185,7 @@ class Scene:
         return photo, {"imgHeight": self.height, "imgWidth": self.width, "objects": self.objects}
 
 
-def smooth_noise(rng: np.random.Generator, shape: Tuple[int, int]) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     """Soft patches of several sizes, about -1 .. 1, (H, W)."""
     total = np.zeros(shape, np.float32)
     for cells in (4, 10, 28):
@@ -194,6 +195,10 @@ def smooth_noise(rng: np.random.Generator, shape: Tuple[int, int]) -> np.ndarray
 
 
 # ---- what stands in a street -----------------------------------------------------------------------------------------
+
+
+# red, blue, yellow, white, black, grey, green
+PAINTS = [(190, 40, 40), (40, 70, 170), (210, 180, 50), (225, 225, 225), (45, 45, 50), (120, 125, 130), (50, 120, 70)]
 
 
 def grey(rng: np.random.Generator) -> np.ndarray:
@@ -208,16 +213,15 @@ def green(rng: np.random.Generator) -> np.ndarray:
 
 def vivid(rng: np.random.Generator) -> np.ndarray:
     """One of the paints that vehicles, signs and clothes share."""
-    paints = [(190, 40, 40), (40, 70, 170), (210, 180, 50), (225, 225, 225), (45, 45, 50), (120, 125, 130), (50, 120, 70)]
-    return np.array(paints[rng.integers(len(paints))]) + rng.uniform(-20, 20, 3)
+    return np.array(PAINTS[rng.integers(len(PAINTS))]) + rng.uniform(-20, 20, 3)
 
 
-def outline(points: Sequence[Tuple[float, float]], x: float, z: float, flip: bool = False, y: float = 0.0) -> List[Point]:
-    """Metres around a foot point -> a silhouette facing the camera at (x, y, z)."""
-    return [(x + (-u if flip else u), y + v, z) for u, v in points]
+def outline(points: Sequence[tuple[float, float]], x: float, z: float, flip: bool = False) -> list[Point]:
+    """Metres to the right of and above a foot point -> a silhouette that faces the camera at (x, 0, z)."""
+    return [(x + (-u if flip else u), v, z) for u, v in points]
 
 
-def disc(u: float, v: float, radius: float, corners: int = 10) -> List[Tuple[float, float]]:
+def disc(u: float, v: float, radius: float, corners: int = 10) -> list[tuple[float, float]]:
     angles = np.arange(corners) * 2 * np.pi / corners
     return [(u + radius * float(np.cos(t)), v + radius * float(np.sin(t))) for t in angles]
 
@@ -251,7 +255,8 @@ def two_wheeler(scene: Scene, x: float, z: float, label: str, ridden: bool) -> N
         for u in (-0.6, 0.6):
             scene.paint(label, outline(disc(u, 0.33, 0.33), x, z, flip), (35, 35, 38))
     if ridden:
-        scene.paint("rider", outline([(-0.15, 0.3), (0.1, 0.3), (0.25, 0.8), (-0.2, 0.85)], x, z, flip), vivid(rng) * 0.6)
+        leg = [(-0.15, 0.3), (0.1, 0.3), (0.25, 0.8), (-0.2, 0.85)]
+        scene.paint("rider", outline(leg, x, z, flip), vivid(rng) * 0.6)
 
 
 def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
@@ -316,10 +321,10 @@ def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
     """What lines the street: a stretch of building, wall, fence or hedge at X = x, from depth z on."""
     rng = scene.rng
     light = 1.0 if x * scene.sun > 0 else 0.7
-    outward = 5 if x > 0 else -5
     if kind == "building":
         height, color = rng.uniform(6, 16), grey(rng)
-        scene.front(kind, min(x, x + 2 * outward), 0, abs(2 * outward), height, z, color * 1.7 * (1 - light / 2), windows)
+        end = color * (1.7 - light)  # the end wall, lit when the front is not
+        scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, end, windows)
         scene.side(kind, x, z, length, height, color * light, windows)
     elif kind == "wall":
         scene.side(kind, x, z, length, rng.uniform(1.8, 3.2), grey(rng) * light, bricks)
@@ -329,7 +334,7 @@ def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
         scene.side("vegetation", x, z, length, rng.uniform(1.5, 5), green(rng) * light, roughness=0.2, patches=0.2)
 
 
-def street(rng: np.random.Generator, size: Tuple[int, int] = SIZE) -> Tuple[Image.Image, dict]:
+def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Image.Image, dict]:
     """One scene: an RGB photo and its annotation, in the form of a ``_polygons.json``."""
     scene = Scene(rng, size)
     half = rng.uniform(3.5, 6.0)  # of the road's width
@@ -376,6 +381,7 @@ def street(rng: np.random.Generator, size: Tuple[int, int] = SIZE) -> Tuple[Imag
             things.append((rng.uniform(near, far), int(rng.choice([-1, 1])), paint))
 
     on_walk = partial(rng.uniform, half + 0.4, edge - 0.2)
+    on_road = partial(rng.uniform, 0.8, half - 0.8)
     put(rng.integers(1, 4), 7, 30, lambda z, s: tree(scene, s * (edge + rng.uniform(0.3, verge - 0.5)), z))
     put(rng.integers(2, 5), 5, 20, lambda z, s: pole(scene, s * (half + 0.3), z, rng.choice(["lamp", "traffic sign"])))
     put(rng.integers(1, 4), 5, 16, lambda z, s: pole(scene, s * (half + 0.3), z, "traffic light"))
@@ -384,8 +390,8 @@ def street(rng: np.random.Generator, size: Tuple[int, int] = SIZE) -> Tuple[Imag
     put(rng.integers(0, 3), 9, 30, lambda z, s: vehicle(scene, "car", s * half / 2 - 0.9, z))
     put(rng.random() < 0.4, 9, 22, lambda z, s: vehicle(scene, "truck", s * (half / 2 + 0.4) - 1.25, z))
     put(rng.random() < 0.4, 9, 22, lambda z, s: vehicle(scene, "bus", s * (half / 2 + 0.4) - 1.25, z))
-    put(rng.integers(0, 3), 5, 14, lambda z, s: two_wheeler(scene, s * rng.uniform(0.8, half - 0.8), z, "bicycle", True))
-    put(rng.integers(0, 2), 5, 14, lambda z, s: two_wheeler(scene, s * rng.uniform(0.8, half - 0.8), z, "motorcycle", True))
+    put(rng.integers(0, 3), 5, 14, lambda z, s: two_wheeler(scene, s * on_road(), z, "bicycle", True))
+    put(rng.integers(0, 2), 5, 14, lambda z, s: two_wheeler(scene, s * on_road(), z, "motorcycle", True))
     put(rng.integers(0, 3), 5, 14, lambda z, s: two_wheeler(scene, s * on_walk(), z, "bicycle", False))
     put(rng.integers(0, 2), 5, 14, lambda z, s: two_wheeler(scene, s * on_walk(), z, "motorcycle", False))
     for z, side, paint in sorted(things, key=lambda thing: -thing[0]):
@@ -422,13 +428,16 @@ def write_scene(root: Path, seed: int, split: str, index: int) -> None:
         part.write_text(json.dumps(annotation))
 
 
-def write_dataset(root: Path, seed: int = 0, workers: Optional[int] = None) -> None:
-    """Write ``SPLITS`` scenes under ``root``, in Cityscapes' layout; what is there already stays.
+def write_dataset(
+    root: Path, splits: Mapping[str, int] = MappingProxyType(SPLITS), seed: int = 0, workers: int | None = None
+) -> None:
+    """Write a data set under ``root``, in Cityscapes' layout; what is there already stays.
 
     Args:
+        splits: how many scenes in "train" and in "val".
         workers: processes; None for one a core.
     """
-    jobs = [(split, index) for split, count in SPLITS.items() for index in range(count)]
+    jobs = [(split, index) for split, count in splits.items() for index in range(count)]
     with ProcessPoolExecutor(workers) as pool:
         done = pool.map(partial(write_scene, Path(root), seed), *zip(*jobs), chunksize=4)
         for _ in tqdm(done, total=len(jobs), desc="drawing streets", disable=None):

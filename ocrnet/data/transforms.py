@@ -8,7 +8,6 @@ Letters: B batch, H W the crop's size.
 """
 
 import random
-from typing import Optional, Tuple
 
 import torch
 from PIL import Image
@@ -23,11 +22,11 @@ PAD_LABEL = 255  # not scored
 def random_crop(
     photo: Image.Image,
     label: Image.Image,
-    crop: Tuple[int, int],
+    crop: tuple[int, int],
     rng: random.Random,
-    scales: Tuple[float, float] = (0.5, 2.0),
+    scales: tuple[float, float] = (0.5, 2.0),
     max_share: float = 0.75,
-) -> Tuple[Image.Image, Image.Image]:
+) -> tuple[Image.Image, Image.Image]:
     """Photo and label resized by one random factor, cut to ``crop`` = (H, W) at one random place, flipped or not.
 
     Both are resampled once, straight from the part that the crop shows. The place is drawn again, up to ten times,
@@ -52,7 +51,7 @@ def random_crop(
     return photo, label
 
 
-def cut(image: Image.Image, box: Tuple[float, ...], size: Tuple[int, int], resample: Image.Resampling, fill):
+def cut(image: Image.Image, box: tuple[float, ...], size: tuple[int, int], resample: Image.Resampling, fill):
     """The part of ``image`` in ``box`` (left, top, right, bottom; fractions count), resized to ``size`` = (H, W).
 
     Bilinear here means between the four nearest pixels also when shrinking, as in OpenCV's resize and so in the recipe.
@@ -60,7 +59,7 @@ def cut(image: Image.Image, box: Tuple[float, ...], size: Tuple[int, int], resam
     return image.transform(size[::-1], Image.Transform.EXTENT, box, resample, fillcolor=fill)
 
 
-def draw_colour(rng: random.Random) -> Tuple[float, float, float, float, float]:
+def draw_colour(rng: random.Random) -> tuple[float, float, float, float, float]:
     """The numbers of one picture's colour change, in the order in which they apply; each is drawn half of the time.
 
     Brightness added (+-32 of 255), contrast (factor 0.5 .. 1.5), saturation (factor 0.5 .. 1.5), hue (+-0.1 of the
@@ -76,7 +75,7 @@ def draw_colour(rng: random.Random) -> Tuple[float, float, float, float, float]:
     return brightness, first, saturation, hue, last
 
 
-def to_input(photo: Tensor, colour: Optional[Tensor] = None) -> Tensor:
+def to_input(photo: Tensor, colour: Tensor | None = None) -> Tensor:
     """uint8 photos (B, 3, H, W), and for training their colour changes (B, 5) -> the network's input, float32."""
     x = photo.float()
     if colour is not None:

@@ -3,5 +3,15 @@
 from .hrnet import HRNet
 from .ocr import ObjectAttention, OCRHead, SpatialGather
 from .ocrnet import VARIANTS, OCRNet, build_model
+from .weights import load_weights
 
-__all__ = ["HRNet", "OCRHead", "OCRNet", "ObjectAttention", "SpatialGather", "VARIANTS", "build_model"]
+__all__ = [
+    "HRNet",
+    "OCRHead",
+    "OCRNet",
+    "ObjectAttention",
+    "SpatialGather",
+    "VARIANTS",
+    "build_model",
+    "load_weights",
+]

@@ -15,7 +15,7 @@ Letters: B batch, C the width (channels of branch 0; 18 for W18), H W the image'
 authors', so that their ImageNet weights fit as they are.
 """
 
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ def fuse_path(channels: Sequence[int], source: int, target: int) -> nn.Module:
 
 
 def upsample(x: Tensor, factor: int, size: Sequence[int], align_corners: bool) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), bilinear, where ``size`` is ``factor`` times as large or, at odd sizes, just below.
+    """(B, C, h, w) -> (B, C, *size), bilinear; ``size`` is ``factor`` times as large or, at odd sizes, just below.
 
     Without ``align_corners`` first by exactly ``factor``, then to ``size``, as mmsegmentation does; one step with it,
     as the authors do. The two differ at odd sizes only, where weights trained with one expect that one.
@@ -112,11 +112,11 @@ class HRModule(nn.Module):
         self.branches = nn.ModuleList(nn.Sequential(*[BasicBlock(c) for _ in range(num_blocks)]) for c in channels)
         self.fuse_layers = nn.ModuleList(nn.ModuleList(fuse_path(channels, j, i) for j in indices) for i in indices)
 
-    def forward(self, x: List[Tensor]) -> List[Tensor]:
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
         x = [branch(x_j) for branch, x_j in zip(self.branches, x)]
         return [F.relu(sum(self.fuse(x, i))) for i in range(len(x))]
 
-    def fuse(self, x: List[Tensor], i: int) -> List[Tensor]:
+    def fuse(self, x: list[Tensor], i: int) -> list[Tensor]:
         """Every branch's contribution to branch ``i``, all (B, channels[i], h / 2^i, w / 2^i)."""
         size = x[i].shape[-2:]
         paths = [path(x_j) for path, x_j in zip(self.fuse_layers[i], x)]
@@ -142,7 +142,7 @@ def transition(in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.Mo
     return nn.ModuleList(layers)
 
 
-def cross(transition: nn.ModuleList, x: List[Tensor]) -> List[Tensor]:
+def cross(transition: nn.ModuleList, x: list[Tensor]) -> list[Tensor]:
     """Apply a transition: branch i takes branch i, and the new one the coarsest."""
     return [layer(x[min(i, len(x) - 1)]) for i, layer in enumerate(transition)]
 
@@ -186,16 +186,14 @@ class HRNet(nn.Module):
         self.transition3 = transition(channels[:3], channels)
         self.stage4 = stage(4, num_modules[2])
 
-    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         finest, *coarser = self.branches(image)
         size = finest.shape[-2:]
-        coarser = [
-            F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners) for x in coarser
-        ]
+        coarser = [F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners) for x in coarser]
         features = torch.cat([finest, *coarser], dim=1)  # (B, C + 2C + 4C + 8C, H/4, W/4)
         return features, features
 
-    def branches(self, image: Tensor) -> List[Tensor]:
+    def branches(self, image: Tensor) -> list[Tensor]:
         """image (B, 3, H, W) -> the branches' maps (B, 2^i C, H / 2^(i+2), W / 2^(i+2)) for i = 0 .. 3."""
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (B, 64, H/2, W/2)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)  # (B, 64, H/4, W/4)

@@ -13,8 +13,6 @@ K classes (one object region each), D key channels (256). Tensors carry the pape
 m the weights of the soft object regions, f region representations, w relations, y contexts, z augmented.
 """
 
-from typing import Tuple
-
 import torch
 from torch import Tensor, nn
 
@@ -107,7 +105,7 @@ class OCRHead(nn.Module):
         self.g = conv_bn(2 * channels, channels, 1)
         self.classifier = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1))
 
-    def forward(self, region_features: Tensor, features: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, region_features: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Two feature maps (B, channels, H, W) -> logits (B, K, H, W), region_logits (B, K, H, W)."""
         region_logits = self.region_head(region_features)  # (B, K, H, W) soft object regions, before their softmax
         x = self.pixel_head(features)  # (B, C, H, W) pixel representations

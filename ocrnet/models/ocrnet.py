@@ -1,11 +1,9 @@
 """OCRNet: a backbone, the OCR head, and both segmentations brought back to the image's size.
 
-    image (B, 3, H, W) -> backbone -> features at 1/4 -> OCRHead -> logits, region_logits (B, K, H/4, W/4) -> (B, K, H, W)
+    image (B, 3, H, W) -> backbone: features at 1/4 -> OCRHead: two logit maps (B, K, H/4, W/4) -> two (B, K, H, W)
 
 Letters: B batch, H W the image's size, K classes.
 """
-
-from typing import Tuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ class OCRNet(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Kaiming normal (fan out) for convolutions, normal(0, 0.01) for the two classifiers; BatchNorm starts as 1, 0."""
+        """Kaiming normal (fan out) for convolutions, normal(0, 0.01) for the two classifiers."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -48,7 +46,7 @@ class OCRNet(nn.Module):
             nn.init.normal_(classifier.weight, std=0.01)
             nn.init.zeros_(classifier.bias)
 
-    def forward(self, image: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         region_features, features = self.backbone(image)
         logits, region_logits = self.head(region_features, features)
         return self.resize(logits, image), self.resize(region_logits, image)
@@ -72,7 +70,5 @@ def build_model(name: str, num_classes: int = 19) -> OCRNet:
         raise InputError(f"no model {name!r}: expected one of {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
     features = 15 * variant["width"]  # C + 2C + 4C + 8C
-    head = OCRHead(
-        in_channels=features, region_in_channels=features, region_channels=features, num_classes=num_classes
-    )
+    head = OCRHead(in_channels=features, region_in_channels=features, region_channels=features, num_classes=num_classes)
     return OCRNet(HRNet(**variant), head)

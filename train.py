@@ -1,0 +1,252 @@
+"""Train OCRNet: a plain loop, straight down the page.
+
+    python train.py --demo                          a few minutes on two CPU cores, on generated streets
+    python train.py                                 the recipe in one process
+    torchrun --nproc_per_node 4 train.py            the recipe: 4 cards of 2 pictures, 40,000 iterations
+    torchrun --nproc_per_node 4 train.py --resume   go on after a stop
+
+Writes to the folder --out: log.jsonl, last.pt, best.pt, curve.png, samples.png.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ocrnet.checkpoint import load_checkpoint, save_checkpoint
+from ocrnet.data.cityscapes import (
+    CLASS_NAMES,
+    EndlessSampler,
+    RandomCrops,
+    WholeImages,
+    check_samples,
+    find_samples,
+    read_label_tensor,
+    write_missing_train_ids,
+    write_whole,
+)
+from ocrnet.data.synthetic import write_dataset
+from ocrnet.data.transforms import to_input
+from ocrnet.device import KINDS, Accelerator
+from ocrnet.errors import InputError, run
+from ocrnet.inference import predict, score
+from ocrnet.losses import ocr_loss, poly_lr
+from ocrnet.metrics import row_baseline
+from ocrnet.models import VARIANTS, build_model, load_weights
+from ocrnet.visualize import plot_curves, read_log, save_samples
+
+DEMO = dict(
+    data=Path("data/synthetic"), out=Path("runs/demo"), model="hr18s", crop=[96, 192], batch_size=8, iters=300,
+    lr=0.02, val_every=100, save_every=100, log_every=10, workers=1,
+)  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="train.py [options]"
+    )
+    show = dict(help="(default: %(default)s)")
+    group = parser.add_argument_group("what to train, on what")
+    group.add_argument("--demo", action="store_true", help="generated data and short settings; flags still override")
+    group.add_argument("--data", type=Path, default=Path("data/cityscapes"), metavar="DIR", **show)
+    group.add_argument("--model", choices=VARIANTS, default="hr18", **show)
+    group.add_argument("--weights", type=Path, metavar="FILE", help="start from these, such as an ImageNet HRNet's")
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL)")
+    group.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="(default: 512 1024)")
+    group.add_argument("--batch-size", type=int, default=2, help="pictures a process (default: %(default)s)")
+    group.add_argument("--iters", type=int, default=40_000, **show)
+    group.add_argument("--lr", type=float, default=0.01, help="for a global batch of 8 (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, **show)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=KINDS, help="(default: the first of these that is there)")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--workers", type=int, default=4, help="loader processes a process (default: %(default)s)")
+    group = parser.add_argument_group("rhythm, in iterations")
+    group.add_argument("--val-every", type=int, default=4000, **show)
+    group.add_argument("--save-every", type=int, default=4000, **show)
+    group.add_argument("--log-every", type=int, default=50, **show)
+    if parser.parse_known_args()[0].demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args()
+    args.out = args.out or Path("runs") / args.model
+    for name in ("batch_size", "iters", "val_every", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    if min(args.crop) < 32:
+        parser.error(f"--crop {args.crop[0]} {args.crop[1]}: expected 32 or more on each side")
+    return args
+
+
+def keep_log_until(path: Path, iteration: int) -> None:
+    """Drop the entries of a log that come after ``iteration``: a resumed run writes them again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        with write_whole(path) as part:
+            part.write_text("".join(line + "\n" for line in lines if json.loads(line)["iter"] <= iteration))
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = Accelerator(args.device)
+    device, rank, world_size = accelerator.device, accelerator.rank, accelerator.world_size
+    is_main = accelerator.is_main
+    amp = accelerator.kind.amp if args.amp is None else args.amp
+    global_batch = args.batch_size * world_size
+    say = tqdm.write if is_main else lambda text: None
+
+    # ---- data ----
+    if args.demo and is_main:
+        write_dataset(args.data)
+        write_missing_train_ids(args.data)
+    accelerator.barrier()
+    train_samples, val_samples = find_samples(args.data, "train"), find_samples(args.data, "val")
+    check_samples((train_samples + val_samples)[rank::world_size], quiet=not is_main)
+    accelerator.barrier()
+    train_set, val_set = RandomCrops(train_samples, args.crop, args.seed), WholeImages(val_samples)
+    num_classes = len(CLASS_NAMES)
+
+    # ---- model, optimizer, and where a stopped run stood ----
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, num_classes)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"OCRNet {args.model}: {parameters:,} parameters, on {accelerator}, " + ("mixed precision" if amp else "fp32"))
+    say(f"{args.data}: {len(train_samples)} training and {len(val_samples)} validation pictures")
+    settings = f"{args.iters:,} iterations of {global_batch} crops of {args.crop[0]}x{args.crop[1]}, lr {args.lr}"
+    say(f"{settings}, seed {args.seed}; writing to {args.out}")
+    if global_batch != 8:
+        say(f"NOTE: the recipe's lr 0.01 is for a global batch of 8; here it is {global_batch}.")
+    config = {"model": args.model, "num_classes": num_classes}
+    last = args.out / "last.pt"
+    state = load_checkpoint(last) if args.resume and last.exists() else None
+    if state and state["config"] != config:
+        raise InputError(f"--resume: {last} holds {state['config']}: expected {config}")
+    if state and state["args"]["iters"] != args.iters:
+        raise InputError(f"--iters {args.iters}: {last} is of a run of {state['args']['iters']}, whose lr ends there")
+    if not args.resume and last.exists():
+        raise InputError(f"{args.out} holds a run: go on with --resume, or choose another folder with --out")
+    if state:
+        model.load_state_dict(state["model"])
+        say(f"resuming {last} after iteration {state['iter']}")
+    elif args.weights:
+        say(f"{args.weights}: {load_weights(model, args.weights)}")
+    elif not args.demo:
+        say("WARNING: training from RANDOM weights. The published scores start from an ImageNet HRNet: --weights FILE.")
+    model = accelerator.sync_bn(model).to(device, memory_format=torch.channels_last)
+    ddp_model = accelerator.wrap(torch.compile(model) if args.compile else model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    scaler = accelerator.grad_scaler(amp)
+    start, best = 0, -math.inf
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, best = state["iter"], state["best"]
+    if is_main:
+        args.out.mkdir(parents=True, exist_ok=True)
+        keep_log_until(args.out / "log.jsonl", start)
+
+    def log(entry: dict) -> None:
+        if is_main:
+            with open(args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def save(name: str, iteration: int) -> None:
+        if is_main:
+            state = {
+                "model": model.state_dict(),
+                "config": config,
+                "iter": iteration,
+                "best": best,
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+            }
+            save_checkpoint(args.out / name, state)
+
+    # ---- the loop ----
+    sampler = EndlessSampler(len(train_set), args.seed, rank, world_size, start * global_batch)
+    loader = DataLoader(
+        train_set, args.batch_size, sampler=sampler, num_workers=args.workers, pin_memory=device.type != "cpu"
+    )
+    batches = iter(loader)
+    bar = tqdm(total=args.iters, initial=start, unit="it", disable=None if is_main else True, smoothing=0.05)
+    losses = torch.zeros(3, device=device)  # sums since the last entry of the log: loss, its two parts
+    logged, since = start, time.perf_counter()
+    model.train()
+    for iteration in range(start + 1, args.iters + 1):
+        photo, label, colour = (x.to(device, non_blocking=True) for x in next(batches))
+        image = to_input(photo, colour).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+        lr = poly_lr(args.lr, iteration - 1, args.iters)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with accelerator.autocast(amp):
+            logits, region_logits = ddp_model(image)  # (B, K, H, W) each
+        loss, parts = ocr_loss(logits, region_logits, label.long())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        losses += torch.cat([loss.detach()[None], parts])
+        bar.update()
+
+        last_one = iteration == args.iters
+        saving = last_one or iteration % args.save_every == 0
+        validating = last_one or iteration % args.val_every == 0
+        if last_one or saving or validating or iteration % args.log_every == 0:
+            mean = (accelerator.mean(losses) / (iteration - logged)).tolist()
+            if not math.isfinite(mean[0]):
+                raise InputError(
+                    f"the loss became {mean[0]} in iterations {logged + 1} to {iteration}; nothing was saved since: "
+                    f"try a lower --lr (it is {args.lr})" + (", or --no-amp" if amp else "")
+                )
+            speed = (iteration - logged) * global_batch / (time.perf_counter() - since)
+            entry = {"split": "train", "iter": iteration, "loss": mean[0], "loss_final": mean[1]}
+            log({**entry, "loss_regions": mean[2], "lr": lr, "images_per_s": speed})
+            bar.set_postfix_str(f"loss {mean[0]:.4f}, lr {lr:.2e}, {speed:.1f} images/s")
+            if bar.disable:
+                left = time.strftime("%H:%M:%S", time.gmtime((args.iters - iteration) * global_batch / speed))
+                numbers = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.1f} images/s  {left} left"
+                say(f"iter {iteration}/{args.iters}  {numbers}")
+            losses.zero_()
+            logged, since = iteration, time.perf_counter()
+        if validating:
+            confusion = score(model, val_set, num_classes, accelerator, amp, args.workers)
+            miou, iou = confusion.mean_iou(), confusion.iou().tolist()
+            named = {name: None if math.isnan(x) else x for name, x in zip(CLASS_NAMES, iou)}
+            log({"split": "val", "iter": iteration, "mIoU": miou, "IoU": named})
+            say(f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}")
+            if miou > best:
+                best = miou
+                save("best.pt", iteration)
+            since = time.perf_counter()
+        if saving:
+            save("last.pt", iteration)
+    bar.close()
+
+    # ---- what came of it ----
+    if is_main and args.iters > start:
+        plot_curves([read_log(args.out)], args.out / "curve.png")
+        model.eval()
+        shown = [val_set[i] for i in range(0, len(val_set), max(len(val_set) // 4, 1))][:4]
+        predictions = [predict(model, photo[None], accelerator, amp).argmax(1)[0].byte().cpu() for photo, _ in shown]
+        photos = [photo.permute(1, 2, 0).numpy() for photo, _ in shown]
+        save_samples(
+            args.out / "samples.png", photos, [label.numpy() for _, label in shown], [p.numpy() for p in predictions]
+        )
+        if args.demo:
+            labels = [map(read_label_tensor, samples) for samples in (train_samples, val_samples)]
+            baseline = row_baseline(*labels, num_classes).mean_iou()
+            say(f"mIoU {miou:.2%}; always the row's most frequent class, without looking at the photo: {baseline:.2%}")
+        say(f"wrote {args.out}/: best.pt (mIoU {best:.2%}), last.pt, log.jsonl, curve.png, samples.png")
+    accelerator.close()
+
+
+if __name__ == "__main__":
+    run(main)

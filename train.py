@@ -41,8 +41,8 @@ from ocrnet.models import VARIANTS, build_model, load_weights
 from ocrnet.visualize import plot_curves, read_log, save_samples
 
 DEMO = dict(
-    data=Path("data/synthetic"), out=Path("runs/demo"), model="hr18s", crop=[96, 192], batch_size=8, iters=300,
-    lr=0.02, val_every=100, save_every=100, log_every=10, workers=1,
+    data=Path("data/synthetic"), out=Path("runs/demo"), model="hr18s", crop=[96, 192], scales=[0.75, 1.5],
+    batch_size=4, iters=600, lr=0.05, val_every=200, save_every=200, log_every=10, workers=1,
 )  # fmt: skip
 
 
@@ -60,6 +60,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
     group = parser.add_argument_group("recipe")
     group.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="(default: 512 1024)")
+    group.add_argument(
+        "--scales", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="(default: 0.5 2.0)"
+    )
     group.add_argument("--batch-size", type=int, default=2, help="pictures a process (default: %(default)s)")
     group.add_argument("--iters", type=int, default=40_000, **show)
     group.add_argument("--lr", type=float, default=0.01, help="for a global batch of 8 (default: %(default)s)")
@@ -80,6 +83,8 @@ def parse_args() -> argparse.Namespace:
     for name in ("batch_size", "iters", "val_every", "save_every", "log_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    if not 0 < args.scales[0] <= args.scales[1]:
+        parser.error(f"--scales {args.scales[0]} {args.scales[1]}: expected two factors above 0, the smaller first")
     if min(args.crop) < 32:
         parser.error(f"--crop {args.crop[0]} {args.crop[1]}: expected 32 or more on each side")
     return args
@@ -110,7 +115,7 @@ def main() -> None:
     train_samples, val_samples = find_samples(args.data, "train"), find_samples(args.data, "val")
     check_samples((train_samples + val_samples)[rank::world_size], quiet=not is_main)
     accelerator.barrier()
-    train_set, val_set = RandomCrops(train_samples, args.crop, args.seed), WholeImages(val_samples)
+    train_set, val_set = RandomCrops(train_samples, args.crop, args.seed, args.scales), WholeImages(val_samples)
     num_classes = len(CLASS_NAMES)
 
     # ---- model, optimizer, and where a stopped run stood ----
@@ -121,7 +126,7 @@ def main() -> None:
     say(f"{args.data}: {len(train_samples)} training and {len(val_samples)} validation pictures")
     settings = f"{args.iters:,} iterations of {global_batch} crops of {args.crop[0]}x{args.crop[1]}, lr {args.lr}"
     say(f"{settings}, seed {args.seed}; writing to {args.out}")
-    if global_batch != 8:
+    if global_batch != 8 and not args.demo:
         say(f"NOTE: the recipe's lr 0.01 is for a global batch of 8; here it is {global_batch}.")
     config = {"model": args.model, "num_classes": num_classes}
     last = args.out / "last.pt"
@@ -231,7 +236,9 @@ def main() -> None:
     bar.close()
 
     # ---- what came of it ----
-    if is_main and args.iters > start:
+    if start >= args.iters:
+        say(f"{last} is complete: nothing left to do")
+    elif is_main:
         plot_curves([read_log(args.out)], args.out / "curve.png")
         model.eval()
         shown = [val_set[i] for i in range(0, len(val_set), max(len(val_set) // 4, 1))][:4]

@@ -1,6 +1,8 @@
 """What several tests share: a small generated data set, and running the real scripts."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +32,32 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def script():
-    """script("train.py", "--iters", 2, processes=2, ok=False) -> the finished process, its output as text."""
+    """script("train.py", "--iters", 2, processes=2, ok=False) -> the finished process, its output as text.
 
-    def call(name, *args, processes=1, ok=True, cwd=None):
+    With wait=False it is left running: see ``kill``.
+    """
+
+    def call(name, *args, processes=1, ok=True, wait=True):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / name), *map(str, args)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else "2"}
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+        if not wait:
+            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert (done.returncode == 0) == ok, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     return call
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL for a process and all that it started, torchrun's workers too, which are in sessions of their own."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = dict(map(int, line.split()) for line in listing.splitlines())
+    doomed = [process.pid]
+    for pid in doomed:  # grows while it is walked
+        doomed += [child for child, parent in parents.items() if parent == pid]
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()

@@ -310,9 +310,12 @@ class RandomCrops(Dataset):
     epoch and i alone: not on the rank, the worker or what was drawn before.
     """
 
-    def __init__(self, samples: Sequence[Sample], crop: tuple[int, int], seed: int):
+    def __init__(
+        self, samples: Sequence[Sample], crop: tuple[int, int], seed: int, scales: tuple[float, float] = (0.5, 2.0)
+    ):
         self.samples = samples
         self.crop = crop
+        self.scales = scales
         self.seed = seed
 
     def __len__(self) -> int:
@@ -322,7 +325,7 @@ class RandomCrops(Dataset):
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
         sample = self.samples[index]
-        photo, label = random_crop(read_photo(sample.photo), read_label(sample.label), self.crop, rng)
+        photo, label = random_crop(read_photo(sample.photo), read_label(sample.label), self.crop, rng, self.scales)
         return to_tensor(photo), to_tensor(label), torch.tensor(draw_colour(rng))
 
 

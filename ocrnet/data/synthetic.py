@@ -93,7 +93,7 @@ class Scene:
         self.eye = rng.uniform(1.3, 2.0)  # the camera's height above the ground, metres
         self.center = self.width * rng.uniform(0.4, 0.6)
         self.horizon = self.height * rng.uniform(0.36, 0.5)
-        self.haze = rng.uniform(0.002, 0.012)  # a metre
+        self.haze = rng.uniform(0.002, 0.008)  # a metre
         sky = [(150, 185, 225), (200, 205, 210), (225, 205, 185)][rng.integers(3)]
         self.sky = np.array(sky) * rng.uniform(0.7, 1.0)
         self.sun = rng.choice([-1, 1])  # the side of the street that is lit
@@ -301,7 +301,7 @@ def tree(scene: Scene, x: float, z: float) -> None:
 def pole(scene: Scene, x: float, z: float, carries: str) -> None:
     """A pole, alone or with a sign, a light or a lamp on it."""
     rng, height = scene.rng, scene.rng.uniform(2.8, 4.5)
-    scene.front("pole", x - 0.1, 0, 0.2, height, z, grey(rng) * 0.8)
+    scene.front("pole", x - 0.13, 0, 0.26, height, z, grey(rng) * 0.8)
     if carries == "traffic light":
         scene.front("traffic light", x - 0.25, height - 1.1, 0.5, 1.2, z, np.full(3, 40))
         lit = int(rng.integers(3))
@@ -311,8 +311,8 @@ def pole(scene: Scene, x: float, z: float, carries: str) -> None:
     elif carries == "traffic sign":
         corners = int(rng.choice([3, 4, 12]))
         color = vivid(rng)
-        scene.paint("traffic sign", outline(disc(0, height - 0.3, 0.5, corners), x, z), color)
-        scene.paint(None, outline(disc(0, height - 0.3, 0.3, corners), x, z), np.full(3, 225))
+        scene.paint("traffic sign", outline(disc(0, height - 0.4, 0.7, corners), x, z), color)
+        scene.paint(None, outline(disc(0, height - 0.4, 0.42, corners), x, z), np.full(3, 225))
     elif carries == "lamp":
         scene.front("pole", x - 0.1, height, 0.9 if x < 0 else -0.7, 0.15, z, grey(rng) * 0.8)
 
@@ -327,9 +327,9 @@ def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
         scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, end, windows)
         scene.side(kind, x, z, length, height, color * light, windows)
     elif kind == "wall":
-        scene.side(kind, x, z, length, rng.uniform(1.8, 3.2), grey(rng) * light, bricks)
+        scene.side(kind, x, z, length, rng.uniform(2.0, 3.6), grey(rng) * light, bricks)
     elif kind == "fence":
-        scene.side(kind, x, z, length, rng.uniform(1.2, 2.2), grey(rng) * light, bars)
+        scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), grey(rng) * light, bars)
     elif kind == "hedge":
         scene.side("vegetation", x, z, length, rng.uniform(1.5, 5), green(rng) * light, roughness=0.2, patches=0.2)
 
@@ -339,7 +339,7 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
     scene = Scene(rng, size)
     half = rng.uniform(3.5, 6.0)  # of the road's width
     walk = rng.uniform(1.8, 3.2)  # width of a sidewalk
-    verge = rng.uniform(2.0, 5.0)  # from there to what lines the street
+    verge = rng.uniform(1.2, 3.0)  # from there to what lines the street
     edge = half + walk
 
     scene.front("sky", -400, -5, 800, 400, 199.0, scene.sky * 1.1, patches=0.12)
@@ -382,10 +382,10 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
 
     on_walk = partial(rng.uniform, half + 0.4, edge - 0.2)
     on_road = partial(rng.uniform, 0.8, half - 0.8)
-    put(rng.integers(1, 4), 7, 30, lambda z, s: tree(scene, s * (edge + rng.uniform(0.3, verge - 0.5)), z))
+    put(rng.integers(1, 4), 7, 30, lambda z, s: tree(scene, s * (edge + rng.uniform(0.3, verge - 0.4)), z))
     put(rng.integers(2, 5), 5, 20, lambda z, s: pole(scene, s * (half + 0.3), z, rng.choice(["lamp", "traffic sign"])))
     put(rng.integers(1, 4), 5, 16, lambda z, s: pole(scene, s * (half + 0.3), z, "traffic light"))
-    put(rng.integers(1, 5), 5, 18, lambda z, s: person(scene, s * on_walk(), z))
+    put(rng.integers(2, 6), 4, 15, lambda z, s: person(scene, s * on_walk(), z))
     put(rng.integers(1, 4), 7, 40, lambda z, s: vehicle(scene, "car", s * half - (2.0 if s > 0 else -0.2), z))
     put(rng.integers(0, 3), 9, 30, lambda z, s: vehicle(scene, "car", s * half / 2 - 0.9, z))
     put(rng.random() < 0.4, 9, 22, lambda z, s: vehicle(scene, "truck", s * (half / 2 + 0.4) - 1.25, z))

@@ -1,0 +1,197 @@
+"""The real scripts, as a user runs them, on a data set of a few pictures."""
+
+import json
+import re
+import shutil
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import kill
+from PIL import Image
+
+SMALL = ["--model", "hr18s", "--crop", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu"]
+RHYTHM = ["--iters", 6, "--val-every", 3, "--save-every", 2]
+
+
+def entries(log):
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def without_speed(log):
+    return [{key: value for key, value in entry.items() if key != "images_per_s"} for entry in entries(log)]
+
+
+# ---- prepare ----
+
+
+def test_prepare_unpacks_draws_counts_and_then_finds_nothing_to_do(script, data, tmp_path):
+    zips, root = tmp_path / "zips", tmp_path / "cityscapes"
+    zips.mkdir()
+    for name, folder in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine")):
+        with zipfile.ZipFile(zips / f"{name}_trainvaltest.zip", "w") as archive:
+            for path in sorted((data / folder).rglob("*")):
+                if path.is_file() and "labelTrainIds" not in path.name:
+                    archive.write(path, path.relative_to(data))
+    shutil.copytree(data / "leftImg8bit/val", root / "leftImg8bit/val")  # a part is there already
+    done = script("prepare_cityscapes.py", "--root", root, "--zips", zips)
+    assert re.search(r"train: 6 pictures, 9\d\.\d% of their pixels labelled", done.stdout)
+    assert "val: 5 pictures" in done.stdout and re.search(r"road +\d+\.\d+% +\d+\.\d+%", done.stdout)
+    for path in (data / "gtFine").rglob("*_labelTrainIds.png"):
+        assert (root / path.relative_to(data)).read_bytes() == path.read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    again = script("prepare_cityscapes.py", "--root", root, "--zips", zips)
+    assert again.stdout == done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize("entry", ["../outside.png", "/tmp/ocrnet_outside.png", "gtFine/../../outside.png"])
+def test_prepare_refuses_a_zip_that_leaves_the_root(script, tmp_path, entry):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("gtFine/fine.txt", "fine")
+        archive.writestr(entry, "outside")
+    done = script("prepare_cityscapes.py", "--root", tmp_path / "root", "--zips", tmp_path, ok=False)
+    assert done.stderr.startswith("error: ") and "would land outside" in done.stderr
+    assert not list(tmp_path.rglob("outside.png")) and not list(tmp_path.rglob("fine.txt"))
+
+
+def test_prepare_says_what_it_expects_where_there_is_nothing(script, tmp_path):
+    done = script("prepare_cityscapes.py", "--root", tmp_path, ok=False)
+    assert done.stderr.count("\n") == 1 and "leftImg8bit_trainvaltest.zip" in done.stderr
+
+
+# ---- train, resume, evaluate, plot ----
+
+
+@pytest.fixture(scope="module")
+def trained(script, data, tmp_path_factory):
+    """A run of six iterations on two processes."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    return out, script("train.py", *SMALL, *RHYTHM, "--data", data, "--out", out, processes=2)
+
+
+def test_two_ranks_train_validate_save_and_draw(trained):
+    out, done = trained
+    assert {path.name for path in out.iterdir()} == {"log.jsonl", "last.pt", "best.pt", "curve.png", "samples.png"}
+    log = entries(out / "log.jsonl")
+    assert [(e["split"], e["iter"]) for e in log] == [
+        ("train", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4), ("train", 5), ("train", 6), ("val", 6)
+    ]  # fmt: skip
+    train, val = log[0], log[-1]
+    assert train["loss"] == pytest.approx(train["loss_final"] + 0.4 * train["loss_regions"], rel=1e-5)
+    assert train["lr"] == 0.01 and log[-2]["lr"] == pytest.approx(1e-4) and train["images_per_s"] > 0
+    assert 0 <= val["mIoU"] <= 1 and len(val["IoU"]) == 19
+    assert "WARNING: training from RANDOM weights" in done.stdout
+    assert "6 iterations of 4 crops of 32x64" in done.stdout and "2 processes" in done.stdout
+    assert Image.open(out / "curve.png").size == (1500, 450)
+
+
+def test_a_checkpoint_holds_tensors_and_plain_values_only(trained):
+    state = torch.load(trained[0] / "last.pt", weights_only=True)
+    assert state["config"] == {"model": "hr18s", "num_classes": 19} and state["iter"] == 6
+    assert state["best"] == max(e["mIoU"] for e in entries(trained[0] / "log.jsonl") if e["split"] == "val")
+
+
+def test_a_run_is_not_overwritten(script, trained, data):
+    before = (trained[0] / "last.pt").stat().st_mtime_ns
+    done = script("train.py", *SMALL, "--data", data, "--out", trained[0], ok=False)
+    assert done.stderr.strip().endswith("go on with --resume, or choose another folder with --out")
+    assert (trained[0] / "last.pt").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_resumes_to_the_same_weights_and_log(script, trained, data, tmp_path):
+    out, _ = trained
+    again = tmp_path / "again"
+    flags = [*SMALL, *RHYTHM, "--data", data, "--out", again]
+    running = script("train.py", *flags, processes=2, wait=False)
+    while not (again / "last.pt").exists() and running.poll() is None:
+        time.sleep(0.05)
+    kill(running)
+    resumed = script("train.py", *flags, "--resume", processes=2)
+    assert re.search(r"resuming .*last.pt after iteration [24]", resumed.stdout)
+    first, second = (torch.load(path / "last.pt", weights_only=True) for path in (out, again))
+    for name, x in first["model"].items():
+        assert torch.equal(x, second["model"][name]), name
+    assert without_speed(out / "log.jsonl") == without_speed(again / "log.jsonl")
+
+
+def test_two_ranks_score_five_pictures_as_one_does(script, trained, data, tmp_path):
+    flags = ["--ckpt", trained[0] / "last.pt", "--data", data, "--device", "cpu", "--workers", 0]
+    one = script("evaluate.py", *flags, "--json", tmp_path / "one.json")
+    script("evaluate.py", *flags, "--json", tmp_path / "two.json", processes=2)
+    one_scores, two_scores = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one_scores == two_scores and one_scores["images"] == 5
+    labels = [np.asarray(Image.open(path)) for path in data.glob("gtFine/val/*/*_labelTrainIds.png")]
+    assert sum(one_scores["pixels"].values()) == sum((label != 255).sum() for label in labels)
+    assert one_scores["mIoU"] == entries(trained[0] / "log.jsonl")[-1]["mIoU"]  # what training logged
+    assert re.search(r"mIoU +\d+\.\d\d   mean of \d+ of 19 classes", one.stdout)
+
+
+def test_absent_classes_are_counted_out_loud(script, trained, data, tmp_path):
+    shutil.copytree(data / "leftImg8bit", tmp_path / "leftImg8bit")
+    shutil.copytree(data / "gtFine", tmp_path / "gtFine")
+    for path in tmp_path.glob("gtFine/val/*/*_labelTrainIds.png"):
+        label = np.asarray(Image.open(path)).copy()
+        label[label > 2] = 255
+        Image.fromarray(label).save(path)
+    done = script("evaluate.py", "--ckpt", trained[0] / "last.pt", "--data", tmp_path, "--baseline", "--device", "cpu")
+    assert "16 classes do not occur in these labels: wall, fence" in done.stdout
+    assert "mean of the 3 that occur" in done.stdout and "without looking at the photo" in done.stdout
+
+
+def test_pictures_of_any_size_are_coloured_without_a_data_set(script, trained, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(rng.integers(0, 255, (97, 161, 3), dtype=np.uint8)).save(tmp_path / "photos/odd.jpg")
+    Image.fromarray(rng.integers(0, 255, (33, 40), dtype=np.uint8)).save(tmp_path / "grey.png")
+    flags = ["--ckpt", trained[0] / "best.pt", "--save", tmp_path / "out", "--device", "cpu"]
+    script("evaluate.py", *flags, "--images", tmp_path / "photos", tmp_path / "grey.png")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "odd.png", "odd_overlay.png", "grey.png", "grey_overlay.png"
+    }  # fmt: skip
+    assert Image.open(tmp_path / "out/odd.png").size == Image.open(tmp_path / "out/odd_overlay.png").size == (161, 97)
+
+
+def test_plot_lays_a_run_beside_a_log_of_mmengine(script, trained, tmp_path):
+    log = tmp_path / "original.log"
+    log.write_text(
+        "2024/05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 9.9891e-03  eta: 5:23:11  loss: 1.9000\n"
+        "2024/05/01 10:09:00 - mmengine - INFO - Iter(val) [500/500]    aAcc: 90.0000  mIoU: 61.5000  mAcc: 70.0000\n"
+    )
+    done = script("plot_curve.py", trained[0], log, "--out", tmp_path / "both.png")
+    assert "two: 6 training entries, 2 validations" in done.stdout
+    assert "original: 1 training entries, 1 validations, best mIoU 61.50%" in done.stdout
+    assert Image.open(tmp_path / "both.png").size == (1500, 450)
+
+
+# ---- errors ----
+
+
+def test_training_without_data_says_so_on_every_rank(script, tmp_path):
+    done = script("train.py", *SMALL, "--data", tmp_path, "--out", tmp_path / "run", processes=2, ok=False)
+    assert done.stderr.count("no photos: expected CITY/*_leftImg8bit.png") >= 1
+    assert 'train.py", line' not in done.stderr and not (tmp_path / "run").exists()  # torchrun's own traceback aside
+
+
+def test_a_bad_picture_met_in_training_ends_the_run_with_its_name(script, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    victim = sorted((tmp_path / "data/leftImg8bit/train").rglob("*.png"))[0]
+    victim.write_bytes(victim.read_bytes()[:3000])  # the header is whole, so that the check before training passes
+    flags = ["--iters", 3, "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    done = script("train.py", *SMALL, *flags, ok=False)
+    assert victim.name in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(script, data, tmp_path):
+    flags = ["--lr", 1e30, "--iters", 5, "--data", data, "--out", tmp_path / "run"]
+    done = script("train.py", *SMALL, *flags, ok=False)
+    assert "the loss became nan" in done.stderr and "--lr" in done.stderr
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(script, tmp_path):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    done = script("evaluate.py", "--ckpt", tmp_path / "text.pt", "--device", "cpu", ok=False)
+    assert done.stderr.startswith(f"error: {tmp_path / 'text.pt'}: not a checkpoint") and done.stderr.count("\n") == 1

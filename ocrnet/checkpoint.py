@@ -5,7 +5,6 @@
 """
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from .data.cityscapes import write_whole
 from .errors import InputError
 from .models import OCRNet, build_model
+from .models.weights import read_file
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -29,13 +29,7 @@ def load_checkpoint(path: Path) -> dict:
     Raises:
         InputError: there is no such file, or it holds something else.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
+    state = read_file(path)
     if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
         raise InputError(f"{path}: not a checkpoint of this project: expected entries 'model' and 'config'")
     return state

@@ -3,9 +3,8 @@
 Known so far: checkpoints of this project, and an ImageNet HRNet, whose names the backbone shares.
 """
 
-import pickle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +24,28 @@ class Report(NamedTuple):
         return f"{len(self.loaded)} tensors loaded, {len(self.ignored)} ignored, {len(self.missing)} missing"
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file, without running any code from it.
+def read_file(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU, without running any code from it.
 
     Raises:
-        InputError: there is no such file, or it holds something else.
+        InputError: there is no such file, or it is not one that can be read so.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError):
-        raise InputError(f"{path}: not weights that can be loaded safely: expected a dict of tensors") from None
+    except Exception as error:  # bytes of any other origin fail in any way
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a file.
+
+    Raises:
+        InputError: it cannot be read, or there are none.
+    """
+    state = read_file(path)
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

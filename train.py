@@ -128,16 +128,16 @@ def main() -> None:
     say(f"{settings}, seed {args.seed}; writing to {args.out}")
     if global_batch != 8 and not args.demo:
         say(f"NOTE: the recipe's lr 0.01 is for a global batch of 8; here it is {global_batch}.")
-    config = {"model": args.model, "num_classes": num_classes}
     last = args.out / "last.pt"
     state = load_checkpoint(last) if args.resume and last.exists() else None
-    if state and state["config"] != config:
-        raise InputError(f"--resume: {last} holds {state['config']}: expected {config}")
+    if state and state["config"]["name"] != args.model:
+        raise InputError(f"--model {args.model}: {last} is of a run of {state['config']['name']}")
     if state and state["args"]["iters"] != args.iters:
         raise InputError(f"--iters {args.iters}: {last} is of a run of {state['args']['iters']}, whose lr ends there")
     if not args.resume and last.exists():
         raise InputError(f"{args.out} holds a run: go on with --resume, or choose another folder with --out")
     if state:
+        model = build_model(**state["config"])
         model.load_state_dict(state["model"])
         say(f"resuming {last} after iteration {state['iter']}")
     elif args.weights:
@@ -166,7 +166,7 @@ def main() -> None:
         if is_main:
             state = {
                 "model": model.state_dict(),
-                "config": config,
+                "config": model.config,
                 "iter": iteration,
                 "best": best,
                 "optimizer": optimizer.state_dict(),

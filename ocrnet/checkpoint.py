@@ -1,6 +1,6 @@
 """Checkpoints: tensors and plain Python only, written whole or not at all.
 
-{"model": state_dict, "config": {"model": "hr18", "num_classes": 19}, "iter": iterations done, "best": best mIoU,
+{"model": state_dict, "config": arguments of build_model, "iter": iterations done, "best": best mIoU,
  "optimizer": state_dict, "scaler": state_dict, "args": the flags of the run}
 """
 
@@ -12,7 +12,7 @@ import torch
 from .data.cityscapes import write_whole
 from .errors import InputError
 from .models import OCRNet, build_model
-from .models.weights import read_file
+from .models.weights import build_for, read_file
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -23,6 +23,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
         os.fsync(file.fileno())
 
 
+def is_checkpoint(state: object) -> bool:
+    return isinstance(state, dict) and {"model", "config"} <= state.keys()
+
+
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint of this project onto the CPU, without running any code from the file.
 
@@ -30,14 +34,20 @@ def load_checkpoint(path: Path) -> dict:
         InputError: there is no such file, or it holds something else.
     """
     state = read_file(path)
-    if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
+    if not is_checkpoint(state):
         raise InputError(f"{path}: not a checkpoint of this project: expected entries 'model' and 'config'")
     return state
 
 
 def load_model(path: Path) -> OCRNet:
-    """The model that a checkpoint describes, with its weights, ready to predict."""
-    state = load_checkpoint(path)
-    model = build_model(state["config"]["model"], state["config"]["num_classes"])
-    model.load_state_dict(state["model"])
+    """The model that a checkpoint describes, with its weights, ready to predict.
+
+    Takes this project's checkpoints, and whole OCRNets of mmsegmentation and of the authors.
+    """
+    state = read_file(path)
+    if is_checkpoint(state):
+        model = build_model(**state["config"])
+        model.load_state_dict(state["model"])
+    else:
+        model = build_for(path)
     return model.eval()

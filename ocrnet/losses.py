@@ -11,12 +11,13 @@ REGION_WEIGHT = 0.4  # of the soft object regions' loss (paper, section 4.2)
 
 
 def pixel_loss(logits: Tensor, label: Tensor, ignore: int = 255) -> Tensor:
-    """Cross-entropy in fp32: logits (B, K, H, W), label (B, H, W) int64 -> a scalar, the mean over *all* pixels.
+    """Cross-entropy in fp32 or wider: logits (B, K, H, W), label (B, H, W) int64 -> a scalar, the mean over *all* pixels.
 
     Ignored pixels count in the divisor, as in mmsegmentation: a crop of nothing else gives 0 rather than nan, and
     processes whose crops have unequal shares of them still weigh the same.
     """
-    return F.cross_entropy(logits.float(), label, ignore_index=ignore, reduction="sum") / label.numel()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, label, ignore_index=ignore, reduction="sum") / label.numel()
 
 
 def ocr_loss(logits: Tensor, region_logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .hrnet import HRNet
 from .ocr import OCRHead
+from .resnet import ResNet
 
-# The variants of HRNet: width C, HRModules in stages 2 to 4, residual blocks a branch. A new width is a new line here.
-VARIANTS = {
+# The variants. Of HRNet: width C, HRModules in stages 2 to 4, residual blocks a branch. A new width is a new line here.
+HRNETS = {
     "hr18s": dict(width=18, num_modules=(1, 3, 2), num_blocks=2),
     "hr18": dict(width=18, num_modules=(1, 4, 3), num_blocks=4),
     "hr32": dict(width=32, num_modules=(1, 4, 3), num_blocks=4),
     "hr48": dict(width=48, num_modules=(1, 4, 3), num_blocks=4),
 }
+# Of ResNet: bottlenecks in stages 1 to 4.
+RESNETS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
+VARIANTS = (*HRNETS, *RESNETS)
 
 
 class OCRNet(nn.Module):
@@ -28,10 +32,12 @@ class OCRNet(nn.Module):
         backbone: image -> (features for the regions, features for the pixels).
         head: those two -> (logits, region_logits) at the features' size.
         align_corners: how logits are resized to the image's size (True only for weights trained that way).
+        config: what ``build_model`` needs to build the same again.
     """
 
-    def __init__(self, backbone: nn.Module, head: OCRHead, align_corners: bool = False):
+    def __init__(self, backbone: nn.Module, head: OCRHead, align_corners: bool = False, config: dict | None = None):
         super().__init__()
+        self.config = config or {}
         self.backbone = backbone
         self.head = head
         self.align_corners = align_corners
@@ -56,19 +62,30 @@ class OCRNet(nn.Module):
         return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=self.align_corners)
 
 
-def build_model(name: str, num_classes: int = 19) -> OCRNet:
-    """An OCRNet with random weights.
+def build_model(
+    name: str, num_classes: int = 19, align_corners: bool = False, dropout: float | None = None, deep_stem: bool = False
+) -> OCRNet:
+    """An OCRNet with random weights. ``model.config`` holds these arguments.
 
     Args:
         name: one of ``VARIANTS``.
         num_classes: K, 19 for Cityscapes.
+        align_corners: how maps are resized; True in the authors' HRNet-OCR, False in the recipe.
+        dropout: before the final classifier; left out: none with HRNet, 0.1 with ResNet. The authors' HRNet has 0.05.
+        deep_stem: for ResNet, three 3x3 convolutions at its start, as mmsegmentation's has them.
 
     Raises:
         InputError: there is no variant of that name.
     """
-    if name not in VARIANTS:
+    config = dict(name=name, num_classes=num_classes, align_corners=align_corners, dropout=dropout, deep_stem=deep_stem)
+    if name in HRNETS:
+        backbone = HRNet(**HRNETS[name], align_corners=align_corners)
+        features = 15 * HRNETS[name]["width"]  # C + 2C + 4C + 8C
+        head = OCRHead(features, features, features, num_classes, dropout=dropout or 0.0)
+    elif name in RESNETS:
+        backbone = ResNet(RESNETS[name], deep_stem)
+        dropout = 0.1 if dropout is None else dropout
+        head = OCRHead(2048, 1024, 256, num_classes, region_kernel_size=3, region_dropout=dropout, dropout=dropout)
+    else:
         raise InputError(f"no model {name!r}: expected one of {', '.join(VARIANTS)}")
-    variant = VARIANTS[name]
-    features = 15 * variant["width"]  # C + 2C + 4C + 8C
-    head = OCRHead(in_channels=features, region_in_channels=features, region_channels=features, num_classes=num_classes)
-    return OCRNet(HRNet(**variant), head)
+    return OCRNet(backbone, head, align_corners, config)

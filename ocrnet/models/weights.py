@@ -1,8 +1,11 @@
-"""Start from somebody's weights, and say what came in.
+"""Other people's weights: their tensors' names to ours, and a report of what came in.
 
-Known so far: checkpoints of this project, and an ImageNet HRNet, whose names the backbone shares.
+A file's source is recognised from its names. Known: this project's checkpoints, mmsegmentation's OCRNet, the authors'
+HRNet-OCR, an ImageNet HRNet and torchvision's ResNet, whose names the backbones share.
 """
 
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,18 +13,78 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .ocrnet import OCRNet
+from .ocrnet import HRNETS, RESNETS, OCRNet, build_model
+from .resnet import ResNet
+
+# Beginnings of names, theirs to ours; a name that begins with none of them stays.
+MMSEGMENTATION = {
+    "decode_head.0.convs.0.conv.": "head.region_head.0.0.",
+    "decode_head.0.convs.0.bn.": "head.region_head.0.1.",
+    "decode_head.0.conv_seg.": "head.region_head.2.",
+    "decode_head.1.bottleneck.conv.": "head.pixel_head.0.",
+    "decode_head.1.bottleneck.bn.": "head.pixel_head.1.",
+    "decode_head.1.object_context_block.query_project.0.conv.": "head.attention.phi.0.0.",
+    "decode_head.1.object_context_block.query_project.0.bn.": "head.attention.phi.0.1.",
+    "decode_head.1.object_context_block.query_project.1.conv.": "head.attention.phi.1.0.",
+    "decode_head.1.object_context_block.query_project.1.bn.": "head.attention.phi.1.1.",
+    "decode_head.1.object_context_block.key_project.0.conv.": "head.attention.psi.0.0.",
+    "decode_head.1.object_context_block.key_project.0.bn.": "head.attention.psi.0.1.",
+    "decode_head.1.object_context_block.key_project.1.conv.": "head.attention.psi.1.0.",
+    "decode_head.1.object_context_block.key_project.1.bn.": "head.attention.psi.1.1.",
+    "decode_head.1.object_context_block.value_project.conv.": "head.attention.delta.0.",
+    "decode_head.1.object_context_block.value_project.bn.": "head.attention.delta.1.",
+    "decode_head.1.object_context_block.out_project.conv.": "head.attention.rho.0.",
+    "decode_head.1.object_context_block.out_project.bn.": "head.attention.rho.1.",
+    "decode_head.1.object_context_block.bottleneck.conv.": "head.g.0.",
+    "decode_head.1.object_context_block.bottleneck.bn.": "head.g.1.",
+    "decode_head.1.conv_seg.": "head.classifier.1.",
+    "backbone.stem.7.": "backbone.bn1.",  # ResNetV1c: the last BatchNorm of the deep stem
+    "backbone.stem.": "backbone.conv1.",
+}
+AUTHORS = {
+    "aux_head.0.": "head.region_head.0.0.",
+    "aux_head.1.": "head.region_head.0.1.",
+    "aux_head.3.": "head.region_head.2.",
+    "conv3x3_ocr.": "head.pixel_head.",
+    "ocr_distri_head.object_context_block.f_pixel.0.": "head.attention.phi.0.0.",
+    "ocr_distri_head.object_context_block.f_pixel.1.0.": "head.attention.phi.0.1.",
+    "ocr_distri_head.object_context_block.f_pixel.2.": "head.attention.phi.1.0.",
+    "ocr_distri_head.object_context_block.f_pixel.3.0.": "head.attention.phi.1.1.",
+    "ocr_distri_head.object_context_block.f_object.0.": "head.attention.psi.0.0.",
+    "ocr_distri_head.object_context_block.f_object.1.0.": "head.attention.psi.0.1.",
+    "ocr_distri_head.object_context_block.f_object.2.": "head.attention.psi.1.0.",
+    "ocr_distri_head.object_context_block.f_object.3.0.": "head.attention.psi.1.1.",
+    "ocr_distri_head.object_context_block.f_down.0.": "head.attention.delta.0.",
+    "ocr_distri_head.object_context_block.f_down.1.0.": "head.attention.delta.1.",
+    "ocr_distri_head.object_context_block.f_up.0.": "head.attention.rho.0.",
+    "ocr_distri_head.object_context_block.f_up.1.0.": "head.attention.rho.1.",
+    "ocr_distri_head.conv_bn_dropout.0.": "head.g.0.",
+    "ocr_distri_head.conv_bn_dropout.1.0.": "head.g.1.",
+    "cls_head.": "head.classifier.1.",
+    "": "backbone.",
+}
+BACKBONE = {"": "backbone."}  # an ImageNet HRNet, or torchvision's ResNet
+AUTHORS_DROPOUT = 0.05
+
+# Tensors that are not of an OCRNet: ImageNet's classifiers, and the class weights of the authors' loss.
+NOT_OURS = ("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.", "fc.", "loss.")
 
 
 class Report(NamedTuple):
-    """Tensor names: what was loaded, what the file has beyond the model, what of the model kept its random start."""
+    """What became of a file's tensors."""
 
-    loaded: list[str]
-    ignored: list[str]
-    missing: list[str]
+    source: str
+    loaded: list[str]  # our names
+    ignored: list[str]  # the file's names
+    missing: list[str]  # our names: these kept what they were
 
     def __str__(self) -> str:
-        return f"{len(self.loaded)} tensors loaded, {len(self.ignored)} ignored, {len(self.missing)} missing"
+        def some(names: list[str]) -> str:
+            return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+        counts = f"{len(self.loaded)} tensors loaded from {self.source}"
+        ignored = f"{len(self.ignored)} ignored, for which the model has no place{some(self.ignored)}"
+        return f"{counts}; {ignored}; {len(self.missing)} missing, which keep their start{some(self.missing)}"
 
 
 def read_file(path: Path) -> Any:
@@ -36,7 +99,15 @@ def read_file(path: Path) -> Any:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # bytes of any other origin fail in any way
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
+        hint = ""
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(
+            path
+        ):  # more than tensors, as in mmengine's
+            hint = (
+                '; if you trust its origin, keep its tensors alone: python -c "import torch; '
+                f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'weights.pth')\""
+            )
+        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({reason}){hint}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -52,28 +123,113 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise InputError(f"{path}: no tensors in it: expected a dict of tensors")
+    return {name.removeprefix("module.").removeprefix("model."): x for name, x in tensors.items()}
+
+
+def translate(tensors: dict[str, Tensor]) -> tuple[str, dict[str, str]]:
+    """-> where the tensors come from, and our name for each of theirs."""
+    if "head.classifier.1.weight" in tensors:
+        source, names = "this project", {}
+    elif "decode_head.1.conv_seg.weight" in tensors:
+        source, names = "mmsegmentation", MMSEGMENTATION
+    elif "cls_head.weight" in tensors:
+        source, names = "the authors' HRNet-OCR", AUTHORS
+    elif any(name.startswith("backbone.") for name in tensors):
+        source, names = "a backbone", {}
+    else:
+        source, names = "an ImageNet backbone", BACKBONE
+
+    def ours(name: str) -> str:
+        theirs = next((start for start in names if name.startswith(start)), "")
+        return names.get(theirs, "") + name[len(theirs) :]
+
+    return source, {name: ours(name) for name in tensors}
+
+
+def fold_biases(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the biases of convolutions whose BatchNorm follows, by moving that BatchNorm's running mean.
+
+    (Wx + b - mean) / std = (Wx - (mean - b)) / std: exact. In training the batch's own mean takes a bias away anyway.
+    """
+    tensors = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".0.bias") and name not in own]:
+        mean = name.removesuffix("0.bias") + "1.running_mean"
+        if mean in tensors:
+            tensors[mean] = tensors[mean] - tensors.pop(name)
     return tensors
 
 
+def adapt(model: OCRNet, tensors: dict[str, Tensor], source: str) -> None:
+    """Bring what is no tensor in line with the weights: the resizing they were trained with, dropout, ResNet's stem."""
+    if source == "the authors' HRNet-OCR":
+        model.config.update(align_corners=True, dropout=AUTHORS_DROPOUT)
+        model.head.classifier[0].p = AUTHORS_DROPOUT
+        for module in model.modules():
+            if hasattr(module, "align_corners"):
+                module.align_corners = True
+    if "backbone.conv1.6.weight" in tensors and isinstance(model.backbone, ResNet):
+        model.config.update(deep_stem=True)
+        model.backbone.use_deep_stem()
+
+
 def load_weights(model: OCRNet, path: Path) -> Report:
-    """Load what fits of a file: a checkpoint of this project, or an ImageNet HRNet into the backbone.
+    """Load a file's tensors into the model, as far as it has a place for them.
+
+    Takes checkpoints of this project, mmsegmentation's OCRNet, the authors' HRNet-OCR, an ImageNet HRNet and
+    torchvision's ResNet. What goes with the weights but is no tensor is set too, and kept in ``model.config``: align_corners and
+    dropout for the authors', the deep stem for mmsegmentation's ResNet.
 
     Raises:
-        InputError: a tensor's shape differs, or under 95 % of the backbone's tensors are in the file, so that the model
-            would stay mostly random.
+        InputError: the file cannot be read safely, it is of another variant (a tensor's shape differs, or the model has
+            no place for it), or it holds under 95 % of the backbone's tensors, so that the model would stay random.
     """
-    tensors = read_tensors(path)
-    if not any(name.startswith("backbone.") for name in tensors):
-        tensors = {f"backbone.{name}": x for name, x in tensors.items()}
+    theirs = read_tensors(path)
+    source, names = translate(theirs)
+    tensors = {names[name]: x for name, x in theirs.items()}
+    adapt(model, tensors, source)
     own = model.state_dict()
+    tensors = fold_biases(tensors, own)
     loaded = [name for name in tensors if name in own]
-    for name in loaded:
-        if tensors[name].shape != own[name].shape:
-            found, expected = tuple(tensors[name].shape), tuple(own[name].shape)
-            raise InputError(f"{path}: {name} is {found}: the model expects {expected}")
     backbone = [name for name in own if name.startswith("backbone.")]
     share = len(set(backbone) & set(loaded)) / len(backbone)
     if share < 0.95:
         raise InputError(f"{path}: holds {share:.0%} of the backbone's tensors: expected weights of the same variant")
+    for name in loaded:
+        if tensors[name].shape != own[name].shape:
+            found, expected = tuple(tensors[name].shape), tuple(own[name].shape)
+            raise InputError(f"{path}: {name} is {found}: the model expects {expected}")
+    ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys())
+    for name in ignored:
+        if not name.removeprefix("backbone.").startswith(NOT_OURS):
+            raise InputError(f"{path}: the model has no place for {name}: expected weights of the same variant")
     model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
-    return Report(loaded, sorted(tensors.keys() - own.keys()), [name for name in own if name not in tensors])
+    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
+    return Report(source, loaded, ignored, missing)
+
+
+def build_for(path: Path) -> OCRNet:
+    """The OCRNet that a file of weights is of, with those weights: variant and class count are read off the shapes.
+
+    Raises:
+        InputError: as ``load_weights``, or the head's tensors are not in the file.
+    """
+    theirs = read_tensors(path)
+    _, names = translate(theirs)
+    shapes = {names[name]: x.shape for name, x in theirs.items()}
+    if "head.classifier.1.weight" not in shapes:
+        raise InputError(f"{path}: no OCR head in it: expected weights of a whole OCRNet, not of a backbone alone")
+    blocks = len({name.split(".")[2] for name in shapes if name.startswith("backbone.layer1.")})
+    if "backbone.transition1.0.0.weight" in shapes:
+        found = dict(width=shapes["backbone.transition1.0.0.weight"][0], num_blocks=blocks)
+        fits = [name for name, variant in HRNETS.items() if variant.items() >= found.items()]
+    else:
+        stage3 = len({name.split(".")[2] for name in shapes if name.startswith("backbone.layer3.")})
+        found = dict(blocks_of_stage_3=stage3)
+        fits = [name for name, layers in RESNETS.items() if layers[2] == stage3]
+    if not fits:
+        raise InputError(f"{path}: of no known variant ({found}): expected one of {', '.join((*HRNETS, *RESNETS))}")
+    model = build_model(fits[0], shapes["head.classifier.1.weight"][0])
+    report = load_weights(model, path)
+    if report.missing:
+        raise InputError(f"{path}: {len(report.missing)} tensors are missing, {report.missing[0]} first")
+    return model

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .errors import InputError
+from .sync_bn import convert_sync_bn
 
 
 class Kind(NamedTuple):
@@ -96,13 +97,14 @@ class Accelerator:
         if not dist.is_initialized():
             return model
         device_ids = None if self.device.type == "cpu" else [self.device.index]
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+        # its buffers are BatchNorm's, which are the same everywhere already
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
     def sync_bn(self, model: nn.Module) -> nn.Module:
-        """The model with BatchNorm over all processes' images, where the device has it."""
-        if dist.is_initialized() and self.kind.sync_bn:
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return model
+        """The model with BatchNorm over all processes' images: PyTorch's own where the device has it."""
+        if not dist.is_initialized():
+            return model
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.kind.sync_bn else convert_sync_bn(model)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -11,7 +11,7 @@ REGION_WEIGHT = 0.4  # of the soft object regions' loss (paper, section 4.2)
 
 
 def pixel_loss(logits: Tensor, label: Tensor, ignore: int = 255) -> Tensor:
-    """Cross-entropy in fp32 or wider: logits (B, K, H, W), label (B, H, W) int64 -> a scalar, the mean over *all* pixels.
+    """Cross-entropy in fp32 or wider: logits (B, K, H, W), label (B, H, W) int64 -> the mean over *all* pixels.
 
     Ignored pixels count in the divisor, as in mmsegmentation: a crop of nothing else gives 0 rather than nan, and
     processes whose crops have unequal shares of them still weigh the same.

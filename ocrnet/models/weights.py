@@ -176,8 +176,8 @@ def load_weights(model: OCRNet, path: Path) -> Report:
     """Load a file's tensors into the model, as far as it has a place for them.
 
     Takes checkpoints of this project, mmsegmentation's OCRNet, the authors' HRNet-OCR, an ImageNet HRNet and
-    torchvision's ResNet. What goes with the weights but is no tensor is set too, and kept in ``model.config``: align_corners and
-    dropout for the authors', the deep stem for mmsegmentation's ResNet.
+    torchvision's ResNet. What goes with the weights but is no tensor is set too, and kept in ``model.config``:
+    align_corners and dropout for the authors', the deep stem for mmsegmentation's ResNet.
 
     Raises:
         InputError: the file cannot be read safely, it is of another variant (a tensor's shape differs, or the model has

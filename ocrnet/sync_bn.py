@@ -1,0 +1,85 @@
+"""BatchNorm over the images of all processes, on any backend.
+
+A crop of 512x1024 leaves room for one or two images a card, too few for a mean and a variance worth having.
+Synchronised BatchNorm takes both over the images of all cards, so that R processes of batch b compute what one process
+of batch R * b does. PyTorch's own (torch.nn.SyncBatchNorm) has kernels for CUDA alone; this one is made of ordinary
+operations and of all_reduce, which every process group has.
+
+With n values a channel over all processes, mean mu and variance s^2, and x^ = (x - mu) / sqrt(s^2 + eps):
+
+    forward     y  = gamma x^ + beta
+    backward    dx = gamma / sqrt(s^2 + eps) * (dy - sum(dy) / n - x^ sum(dy x^) / n)
+
+Both mu and s^2, and both sums of the backward, are over all processes: one all_reduce each way. The gradients of gamma
+and beta are left local, as those of every other parameter are: DDP takes their mean.
+
+Letters: B batch, C channels, H W size, R processes, n values a channel over all processes.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DIMS = (0, 2, 3)  # of (B, C, H, W): all but the channels
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        """x (B, C, H, W) -> y like x, and over all processes: mean (C,), biased variance (C,), n."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        C = x.shape[1]
+        # each process fills its own row and leaves the others 0, so that the sum over processes holds every row
+        rows = x.new_zeros(dist.get_world_size(), 2 * C + 1, dtype=dtype)
+        local_var, local_mean = torch.var_mean(x.to(dtype), DIMS, correction=0)
+        rows[dist.get_rank()] = torch.cat([local_mean, local_var, local_mean.new_tensor([x.numel() // C])])
+        dist.all_reduce(rows)
+        means, variances, counts = rows.split([C, C, 1], dim=1)  # (R, C), (R, C), (R, 1)
+        n = counts.sum()
+        mean = (counts * means).sum(0) / n
+        var = (counts * (variances + (means - mean) ** 2)).sum(0) / n  # within processes, and between them
+        ctx.save_for_backward(x, weight, mean, var, n)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var, n)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, n
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, *_):
+        x, weight, mean, var, n = ctx.saved_tensors
+        C = x.shape[1]
+        inv_std = (var + ctx.eps).rsqrt()
+        dy_wide = dy.to(mean.dtype)
+        x_hat = (x.to(mean.dtype) - mean.view(1, C, 1, 1)) * inv_std.view(1, C, 1, 1)
+        grad_bias, grad_weight = dy_wide.sum(DIMS), (dy_wide * x_hat).sum(DIMS)
+        sums = torch.stack([grad_bias, grad_weight])
+        dist.all_reduce(sums)
+        of_dy, of_dy_x_hat = (sums / n).view(2, 1, C, 1, 1)
+        dx = (weight * inv_std).view(1, C, 1, 1) * (dy_wide - of_dy - x_hat * of_dy_x_hat)
+        return dx.to(x.dtype), grad_weight, grad_bias, None
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d over the images of all processes in training; the same parameters, buffers and state_dict.
+
+    (B, C, H, W) -> (B, C, H, W). B, H and W may differ between processes. In evaluation, and without a process group,
+    it is nn.BatchNorm2d.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        y, mean, var, n = _SyncBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * n / (n - 1)).to(self.running_var.dtype), self.momentum)  # unbiased
+            self.num_batches_tracked += 1
+        return y
+
+
+def convert_sync_bn(model: nn.Module) -> nn.Module:
+    """Turn every nn.BatchNorm2d of the model, in place, into a SyncBatchNorm2d; weights and buffers stay the same."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d  # the same data, another forward
+    return model

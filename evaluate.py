@@ -3,27 +3,36 @@
     python evaluate.py --ckpt runs/hr18/best.pt                                     mIoU of the val split
     torchrun --nproc_per_node 4 evaluate.py --ckpt runs/hr18/best.pt                the same, shared by 4 processes
     python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg photos/ --save out    no data set needed
+    python evaluate.py --ckpt runs/hr18/best.pt --split test --export out           PNGs for the test server
 
+--ckpt takes runs of train.py, and checkpoints of mmsegmentation's OCRNet and of the authors' HRNet-OCR as they are.
 --save writes NAME.png (Cityscapes' colours) and NAME_overlay.png (laid over the photo) for each picture.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from ocrnet.checkpoint import load_model
 from ocrnet.data.cityscapes import (
+    AVERAGE_INSTANCE,
+    CATEGORIES,
+    CATEGORY_OF,
     CLASS_NAMES,
+    CLASSES,
     WholeImages,
     check_samples,
+    find_photos,
     find_samples,
+    instance_path,
     read_label_tensor,
     read_photo,
     to_tensor,
@@ -32,7 +41,8 @@ from ocrnet.data.cityscapes import (
 from ocrnet.device import KINDS, Accelerator
 from ocrnet.errors import InputError, run
 from ocrnet.inference import predict, score
-from ocrnet.metrics import ConfusionMatrix, row_baseline
+from ocrnet.metrics import ConfusionMatrix, InstanceScore, row_baseline
+from ocrnet.models import OCRNet
 from ocrnet.visualize import colourise, overlay
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
@@ -50,10 +60,16 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--data", type=Path, default=Path("data/cityscapes"), metavar="DIR", **show)
     group.add_argument("--split", default="val", **show)
     group.add_argument("--json", type=Path, metavar="FILE", help="write the scores there as well")
+    group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs there instead of scoring")
     group.add_argument("--baseline", action="store_true", help="also score each row's most frequent class in training")
     group = parser.add_argument_group("pictures")
     group.add_argument("--images", type=Path, nargs="+", metavar="FILE_OR_DIR", help="colour these instead of scoring")
     group.add_argument("--save", type=Path, metavar="DIR", help="where the coloured pictures go")
+    group = parser.add_argument_group("how to look at a photo")
+    group.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes to see it at (default: 1)")
+    group.add_argument("--flip", action="store_true", help="and mirrored as well; the mean of the softmaxes counts")
+    group.add_argument("--slide", type=int, nargs=2, metavar=("H", "W"), help="through a window, where memory is short")
+    group.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="(default: 2/3 of the window)")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=KINDS, help="(default: the first of these that is there)")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
@@ -61,50 +77,86 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.images) != bool(args.save):
         parser.error("--images and --save go together: which pictures, and where the coloured ones go")
+    if args.split == "test" and not (args.export or args.images):
+        parser.error("--split test: its labels are not public: write PNGs for the test server with --export DIR")
+    if min(args.scales) <= 0 or min(args.slide or [1]) < 1 or min(args.stride or [1]) < 1:
+        parser.error("--scales, --slide, --stride: expected numbers above 0")
     return args
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def summarise(confusion: ConfusionMatrix) -> dict:
+def plain(values: Tensor) -> list[float | None]:
+    """Numbers for JSON: None for nan."""
+    return [None if math.isnan(x) else x for x in values.tolist()]
+
+
+def summarise(confusion: ConfusionMatrix, instances: InstanceScore | None = None) -> dict:
     """Scores as plain numbers 0 .. 1; None for a class that is neither in the labels nor predicted."""
-    iou = [None if math.isnan(x) else x for x in confusion.iou().tolist()]
-    present = confusion.present().tolist()
-    return {
+    groups = confusion.merged(CATEGORY_OF).iou()
+    present = confusion.present().cpu()
+    scores = {
         "mIoU": confusion.mean_iou(),
-        "mIoU_present": sum(x for x, there in zip(iou, present) if there) / max(sum(present), 1),
+        "mIoU_present": float(confusion.iou()[present].mean()),
+        "mIoU_categories": float(groups.nanmean()),
         "pixel_accuracy": confusion.pixel_accuracy(),
-        "IoU": dict(zip(CLASS_NAMES, iou)),
+        "IoU": dict(zip(CLASS_NAMES, plain(confusion.iou()))),
+        "IoU_categories": dict(zip(CATEGORIES, plain(groups))),
         "pixels": dict(zip(CLASS_NAMES, confusion.counts.sum(1).tolist())),
     }
+    if instances:
+        classes, categories = instances.iou(confusion)
+        scores["iIoU"] = dict(zip(CLASS_NAMES, plain(classes)))
+        scores["iIoU_categories"] = dict(zip(CATEGORIES, plain(categories)))
+    return scores
+
+
+def percent(score: float | None) -> str:
+    return f"{'nan' if score is None or math.isnan(score) else f'{100 * score:.2f}':>9}"
+
+
+def print_table(title: str, scores: dict, suffix: str = "") -> None:
+    """A row a class or category: IoU, iIoU where there are instances, and the share of its pixels."""
+    total = max(sum(scores["pixels"].values()), 1)
+    columns = [name for name in ("IoU", "iIoU") if name in scores]
+    print(f"{title:15}" + "".join(f"{name + ' %':>9}" for name in columns) + ("" if suffix else f"{'% of pixels':>14}"))
+    for name in scores["IoU" + suffix]:
+        share = "" if suffix else f"{100 * scores['pixels'][name] / total:14.3f}"
+        print(f"{name:15}" + "".join(percent(scores[column + suffix][name]) for column in columns) + share)
 
 
 def print_scores(scores: dict) -> None:
-    total = max(sum(scores["pixels"].values()), 1)
-    print(f"{'class':15}{'IoU %':>8}{'% of pixels':>14}")
-    for name, iou in scores["IoU"].items():
-        print(f"{name:15}{'nan' if iou is None else f'{100 * iou:.2f}':>8}{100 * scores['pixels'][name] / total:14.3f}")
+    print_table("class", scores)
     counted = [name for name, iou in scores["IoU"].items() if iou is not None]
     absent = [name for name in CLASS_NAMES if not scores["pixels"][name]]
-    print(f"{'mIoU':15}{100 * scores['mIoU']:8.2f}   mean of {len(counted)} of {len(CLASS_NAMES)} classes")
+    print(f"{'mIoU':15}{percent(scores['mIoU'])}   mean of {len(counted)} of {len(CLASS_NAMES)} classes")
     if absent:
-        print(f"               {len(absent)} classes do not occur in these labels: {', '.join(absent)}")
+        present = len(CLASS_NAMES) - len(absent)
+        print(f"{'mIoU, occurring':15}{percent(scores['mIoU_present'])}   mean of the {present} that occur")
+        print(f"{'':15}{len(absent)} classes do not occur in these labels: {', '.join(absent)}")
         strays = [name for name in absent if name in counted]
         if strays:
-            print(f"               of these predicted somewhere, which counts as IoU 0: {', '.join(strays)}")
-        print(f"{'mIoU, occurring':15}{100 * scores['mIoU_present']:8.2f}   mean of the {19 - len(absent)} that occur")
-    print(f"{'pixel accuracy':15}{100 * scores['pixel_accuracy']:8.2f}")
+            print(f"{'':15}of these predicted somewhere, which counts as IoU 0: {', '.join(strays)}")
+    print()
+    print_table("category", scores, "_categories")
+    print(f"{'mIoU':15}{percent(scores['mIoU_categories'])}\n")
+    print(f"{'pixel accuracy':15}{percent(scores['pixel_accuracy'])}")
 
 
-def score_split(model, args: argparse.Namespace, accelerator: Accelerator, amp: bool) -> None:
+def score_split(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
     samples = find_samples(args.data, args.split)
     check_samples(samples[accelerator.rank :: accelerator.world_size], quiet=not accelerator.is_main)
     accelerator.barrier()
-    confusion = score(model, WholeImages(samples), len(CLASS_NAMES), accelerator, amp, args.workers)
+    instances = None
+    if all(instance_path(sample).exists() for sample in samples):
+        sizes = torch.tensor([AVERAGE_INSTANCE.get(name, math.nan) for name in CLASS_NAMES], dtype=torch.float64)
+        instances = InstanceScore(sizes, CATEGORY_OF, accelerator.device)
+    dataset = WholeImages(samples, instances=instances is not None)
+    confusion = score(model, dataset, len(CLASS_NAMES), accelerator, args.workers, instances, **how)
     if not accelerator.is_main:
         return
-    scores = summarise(confusion)
+    scores = summarise(confusion, instances)
     print(f"{args.ckpt} on {args.data}, {args.split}: {len(samples)} pictures\n")
     print_scores(scores)
     if args.baseline:
@@ -146,27 +198,59 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     return pictures
 
 
-def colour_pictures(model, args: argparse.Namespace, accelerator: Accelerator, amp: bool) -> None:
+def predict_classes(model: OCRNet, photo: Image.Image, accelerator: Accelerator, how: dict) -> np.ndarray:
+    """Photo -> train ids, uint8 (H, W)."""
+    return predict(model, to_tensor(photo)[None], accelerator, **how).argmax(1)[0].byte().cpu().numpy()
+
+
+def my_share(pictures: Sequence[Path], accelerator: Accelerator, verb: str) -> Iterable[Path]:
+    """The pictures that this process takes, with a bar on the first one."""
+    share = pictures[accelerator.rank :: accelerator.world_size]
+    return tqdm(share, desc=verb, disable=None if accelerator.is_main else True)
+
+
+def save_png(picture: np.ndarray, path: Path) -> None:
+    with write_whole(path) as part:
+        Image.fromarray(picture).save(part, format="PNG")
+
+
+def colour_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
     pictures = find_pictures(args.images)
     args.save.mkdir(parents=True, exist_ok=True)
-    shard = pictures[accelerator.rank :: accelerator.world_size]
-    for path in tqdm(shard, desc="colouring", disable=None if accelerator.is_main else True):
+    for path in my_share(pictures, accelerator, "colouring"):
         photo = read_photo(path)
-        classes = predict(model, to_tensor(photo)[None], accelerator, amp).argmax(1)[0].byte().cpu().numpy()
-        results = {".png": colourise(classes), "_overlay.png": overlay(np.asarray(photo), classes)}
-        for suffix, picture in results.items():
-            with write_whole(args.save / f"{path.stem}{suffix}") as part:
-                Image.fromarray(picture).save(part, format="PNG")
+        classes = predict_classes(model, photo, accelerator, how)
+        save_png(colourise(classes), args.save / f"{path.stem}.png")
+        save_png(overlay(np.asarray(photo), classes), args.save / f"{path.stem}_overlay.png")
     if accelerator.is_main:
         print(f"{len(pictures)} pictures: NAME.png and NAME_overlay.png in {args.save}")
+
+
+def export_split(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
+    """Label ids, one PNG a photo, of its size and under its name: what the test server takes."""
+    photos = find_photos(args.data, args.split)
+    label_ids = np.array([label.id for label in CLASSES], np.uint8)  # train id -> label id
+    args.export.mkdir(parents=True, exist_ok=True)
+    for path in my_share(photos, accelerator, "exporting"):
+        classes = predict_classes(model, read_photo(path), accelerator, how)
+        save_png(label_ids[classes], args.export / path.name)
+    if accelerator.is_main:
+        print(f"{len(photos)} pictures of label ids in {args.export}")
 
 
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(args.device)
-    amp = accelerator.kind.amp if args.amp is None else args.amp
+    how = dict(
+        amp=accelerator.kind.amp if args.amp is None else args.amp,
+        scales=args.scales,
+        flip=args.flip,
+        slide=args.slide,
+        stride=args.stride,
+    )
     model = load_model(args.ckpt).to(accelerator.device, memory_format=torch.channels_last)
-    (colour_pictures if args.images else score_split)(model, args, accelerator, amp)
+    task = colour_pictures if args.images else export_split if args.export else score_split
+    task(model, args, accelerator, how)
     accelerator.close()
 
 

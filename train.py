@@ -222,7 +222,7 @@ def main() -> None:
             losses.zero_()
             logged, since = iteration, time.perf_counter()
         if validating:
-            confusion = score(model, val_set, num_classes, accelerator, amp, args.workers)
+            confusion = score(model, val_set, num_classes, accelerator, args.workers, amp=amp)
             miou, iou = confusion.mean_iou(), confusion.iou().tolist()
             named = {name: None if math.isnan(x) else x for name, x in zip(CLASS_NAMES, iou)}
             log({"split": "val", "iter": iteration, "mIoU": miou, "IoU": named})

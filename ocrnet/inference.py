@@ -3,35 +3,100 @@
 Letters: B batch, K classes, H W a picture's size.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .data.transforms import to_input
 from .device import Accelerator
-from .metrics import ConfusionMatrix
+from .metrics import ConfusionMatrix, InstanceScore
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool = False) -> Tensor:
+def predict(
+    model: nn.Module,
+    photo: Tensor,
+    accelerator: Accelerator,
+    amp: bool = False,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    slide: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+) -> Tensor:
     """uint8 photos (B, 3, H, W) of any size -> class probabilities (B, K, H, W), float32, on the device.
 
     The model is used as it stands: call ``model.eval()`` first.
+
+    Args:
+        scales: the photo is seen at each of these sizes; the result is the mean of the softmaxes.
+        flip: and mirrored at each of them as well.
+        slide: (h, w), a window moved over the photo instead of showing it whole; overlaps take the mean of logits.
+        stride: (h, w) that the window moves; left out: two thirds of the window.
     """
-    image = to_input(photo.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
-    with accelerator.autocast(amp):
-        logits, _ = model(image)
-    return logits.float().softmax(dim=1)
+    size = photo.shape[-2:]
+    image = to_input(photo.to(accelerator.device))
+    total = 0
+    for scale in scales:
+        scaled = image
+        if scale != 1:
+            new_size = [int(side * scale + 0.5) for side in size]
+            scaled = F.interpolate(image, size=new_size, mode="bilinear", align_corners=False)
+        for mirrored in (False, True) if flip else (False,):
+            x = scaled.flip(3) if mirrored else scaled
+            x = x.contiguous(memory_format=torch.channels_last)
+            with accelerator.autocast(amp):
+                logits = sliding(model, x, slide, stride) if slide else model(x)[0]
+            logits = logits.float().flip(3) if mirrored else logits.float()
+            if logits.shape[-2:] != size:
+                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=model.align_corners)
+            total = total + logits.softmax(dim=1)
+    return total / (len(scales) * (2 if flip else 1))
+
+
+def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], stride: tuple[int, int] | None = None) -> Tensor:
+    """Logits (B, K, H, W) of an image (B, 3, H, W), seen through a window (h, w) at a time.
+
+    The last window of a row or column is moved back to end at the border, as mmsegmentation does. A window as large as
+    the image is the whole image.
+    """
+    stride = stride or tuple(max(side * 2 // 3, 1) for side in window)
+    starts = []
+    for side, part, step in zip(image.shape[-2:], window, stride):
+        steps = max(side - part + step - 1, 0) // step + 1
+        starts.append([max(min(i * step, side - part), 0) for i in range(steps)])
+    total, counts = 0, image.new_zeros(1, 1, *image.shape[-2:])
+    for top in starts[0]:
+        for left in starts[1]:
+            area = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            logits = model(image[area])[0].float()
+            if isinstance(total, int):
+                total = logits.new_zeros(*logits.shape[:2], *image.shape[-2:])
+            total[area] += logits
+            counts[area] += 1
+    return total / counts
 
 
 def score(
-    model: nn.Module, dataset: Dataset, num_classes: int, accelerator: Accelerator, amp: bool = False, workers: int = 0
+    model: nn.Module,
+    dataset: Dataset,
+    num_classes: int,
+    accelerator: Accelerator,
+    workers: int = 0,
+    instances: InstanceScore | None = None,
+    **how,
 ) -> ConfusionMatrix:
     """The confusion matrix of a data set of (photo, label), whole pictures, summed over all processes.
 
     Process r of R takes pictures r, r + R, ...: each counts once, also where their number is no multiple of R. The
     model must not be wrapped in DDP, whose forward would wait for processes that have one picture less.
+
+    Args:
+        instances: also updated, where the data set gives (photo, label, instances).
+        how: passed on to ``predict``.
     """
     training = model.training
     model.eval()
@@ -39,9 +104,14 @@ def score(
     shard = range(accelerator.rank, len(dataset), accelerator.world_size)
     loader = DataLoader(dataset, batch_size=1, sampler=shard, num_workers=workers)
     quiet = True if not accelerator.is_main else None  # None: a bar where there is a terminal
-    for photo, label in tqdm(loader, desc="scoring", leave=False, disable=quiet):
-        prediction = predict(model, photo, accelerator, amp).argmax(dim=1)
-        confusion.update(label.to(accelerator.device), prediction)
+    for photo, label, *instance in tqdm(loader, desc="scoring", leave=False, disable=quiet):
+        label = label.to(accelerator.device)
+        prediction = predict(model, photo, accelerator, **how).argmax(dim=1)
+        confusion.update(label, prediction)
+        if instances:
+            instances.update(instance[0].to(accelerator.device), prediction)
     confusion.reduce()
+    if instances:
+        instances.reduce()
     model.train(training)
     return confusion

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ocrnet.metrics import ConfusionMatrix, row_baseline
+from ocrnet.metrics import ConfusionMatrix, InstanceScore, row_baseline
 
 
 def test_iou_is_intersection_over_union():
@@ -59,6 +59,42 @@ def test_values_that_are_no_class_are_refused(target, prediction):
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="differ in shape"):
         ConfusionMatrix(3).update(torch.zeros(2, 3, dtype=torch.long), torch.zeros(3, 2, dtype=torch.long))
+
+
+def test_groups_of_classes_are_scored_as_one_class_each():
+    target, prediction = torch.randint(0, 4, (500,)), torch.randint(0, 4, (500,))
+    fine, coarse = ConfusionMatrix(4), ConfusionMatrix(2)
+    fine.update(target, prediction)
+    coarse.update(target // 2, prediction // 2)
+    assert torch.equal(fine.merged([0, 0, 1, 1]).counts, coarse.counts)
+
+
+def test_every_instance_of_a_class_weighs_the_same():
+    """Class 1 has instances of 1 and 9 pixels; the small one is missed, and 5 pixels of class 0 are taken for it."""
+    instances = torch.tensor([0] * 10 + [2000] + [2001] * 9)
+    target = torch.tensor([0] * 10 + [1] * 10)
+    prediction = torch.tensor([1] * 5 + [0] * 5 + [0] + [1] * 9)
+    confusion = ConfusionMatrix(3)
+    confusion.update(target, prediction)
+    score = InstanceScore(torch.tensor([math.nan, 6.0, math.nan]), group_of=[0, 1, 0])
+    score.update(instances, prediction)
+    classes, groups = score.iou(confusion)
+    assert classes[1].item() == pytest.approx(
+        6 / (6 + 6 + 5)
+    )  # hit, missed, wrongly given: instances weigh 6 pixels each
+    assert groups[1].item() == pytest.approx(6 / (6 + 6 + 5))
+    assert math.isnan(classes[0]) and math.isnan(classes[2]) and math.isnan(groups[0])
+
+
+def test_an_instance_taken_for_another_class_of_its_group_is_right_for_the_group():
+    instances, prediction = torch.tensor([2000, 2000, 3000, 3000]), torch.tensor([2, 1, 1, 0])
+    confusion = ConfusionMatrix(3)
+    confusion.update(instances // 1000 - 1, prediction)
+    score = InstanceScore(torch.tensor([math.nan, 2.0, 4.0]), group_of=[0, 1, 1])
+    score.update(instances, prediction)
+    classes, groups = score.iou(confusion)
+    assert classes[1].item() == 1 / (2 + 1) and classes[2].item() == 0
+    assert groups[1].item() == (2 + 2) / (2 + 4)
 
 
 def test_row_baseline_predicts_what_fills_the_row_most():

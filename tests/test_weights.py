@@ -4,10 +4,12 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 
 from ocrnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from ocrnet.errors import InputError
 from ocrnet.models import build_model, load_weights
+from ocrnet.models.weights import AUTHORS, MMSEGMENTATION
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,95 @@ def test_a_file_with_too_little_of_the_backbone_is_refused(model, tmp_path):
     torch.save({"conv1.weight": model.backbone.conv1.weight}, tmp_path / "little.pth")
     with pytest.raises(InputError, match="holds 0% of the backbone's tensors"):
         load_weights(model, tmp_path / "little.pth")
+
+
+def as_theirs(model, table, prefix=""):
+    """Our tensors under another project's names, as its file would have them."""
+    theirs = {}
+    for name, x in model.state_dict().items():
+        start, own = max(
+            ((start, own) for start, own in table.items() if name.startswith(own)), key=lambda pair: len(pair[1])
+        )
+        theirs[prefix + start + name[len(own) :]] = x
+    return theirs
+
+
+def random_model(name, **more):
+    """Random weights and random BatchNorm statistics."""
+    torch.manual_seed(0)
+    model = build_model(name, **more).eval()
+    for key, x in model.state_dict().items():
+        if "running" in key:
+            x.uniform_(0.5, 1.5)
+    return model
+
+
+@torch.inference_mode()
+def same_logits(a, b, size=(65, 97)):
+    image = torch.randn(1, 3, *size)
+    return all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in zip(a.eval()(image), b.eval()(image)))
+
+
+def test_mmsegmentations_names_are_understood(tmp_path):
+    source = random_model("hr18s")
+    state = as_theirs(source, {**MMSEGMENTATION, "backbone.": "backbone."})
+    assert "decode_head.1.object_context_block.query_project.1.bn.running_var" in state
+    torch.save({"state_dict": state, "meta": {"epoch": 3}}, tmp_path / "mmseg.pth")
+    model = build_model("hr18s")
+    report = load_weights(model, tmp_path / "mmseg.pth")
+    assert report.source == "mmsegmentation" and not report.ignored and not report.missing
+    assert same_logits(model, source)
+    assert same_logits(load_model(tmp_path / "mmseg.pth"), source)  # the variant is read off the shapes
+
+
+def test_mmsegmentations_resnet_brings_its_deep_stem(tmp_path):
+    source = random_model("r50", num_classes=5, deep_stem=True)
+    state = as_theirs(source, {**MMSEGMENTATION, "backbone.": "backbone."})
+    assert state["backbone.stem.0.weight"].shape == (32, 3, 3, 3)
+    torch.save({"state_dict": state}, tmp_path / "resnet.pth")
+    model = build_model("r50", num_classes=5)
+    load_weights(model, tmp_path / "resnet.pth")
+    assert model.config["deep_stem"] and same_logits(model, source)
+    assert same_logits(load_model(tmp_path / "resnet.pth"), source)
+
+
+def test_the_authors_weights_bring_their_resizing_and_fold_their_biases(tmp_path):
+    source = random_model("hr18s", align_corners=True)
+    state = as_theirs(source, AUTHORS, prefix="model.")
+    for conv, bn in (("aux_head.0", "aux_head.1"), ("conv3x3_ocr.0", "conv3x3_ocr.1")):
+        bias = torch.randn(state[f"model.{conv}.weight"].shape[0])
+        state[f"model.{conv}.bias"] = bias
+        state[f"model.{bn}.running_mean"] = state[f"model.{bn}.running_mean"] + bias  # of what the bias shifted
+    torch.save({**state, "loss.criterion.weight": torch.ones(19)}, tmp_path / "authors.pth")
+    model = build_model("hr18s")
+    report = load_weights(model, tmp_path / "authors.pth")
+    assert report.ignored == ["loss.criterion.weight"] and not report.missing
+    assert model.config["align_corners"] and model.align_corners and model.backbone.stage4[0].align_corners
+    assert model.head.classifier[0].p == model.config["dropout"] == 0.05
+    assert same_logits(model, source) and same_logits(load_model(tmp_path / "authors.pth"), source)
+    assert not same_logits(build_model("hr18s"), source)
+    again = build_model(**model.config)  # what a checkpoint of a run that started from them does
+    again.load_state_dict(model.state_dict())
+    assert same_logits(again, source)
+
+
+def test_torchvisions_resnet_fits_the_backbone(tmp_path):
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "resnet50.pth")
+    report = load_weights(build_model("r50"), tmp_path / "resnet50.pth")
+    assert report.ignored == ["fc.bias", "fc.weight"] and all(name.startswith("head.") for name in report.missing)
+
+
+def test_a_larger_variant_of_equal_shapes_is_refused(model, tmp_path):
+    """hr18 holds every tensor of hr18s in the right shape, and more."""
+    torch.save(build_model("hr18").state_dict(), tmp_path / "hr18.pth")
+    with pytest.raises(InputError, match=r"no place for backbone\.\S+: expected weights of the same variant"):
+        load_weights(model, tmp_path / "hr18.pth")
+
+
+def test_a_backbone_alone_is_no_model_to_score(tmp_path):
+    torch.save(build_model("hr18s").backbone.state_dict(), tmp_path / "backbone.pth")
+    with pytest.raises(InputError, match="no OCR head in it"):
+        load_model(tmp_path / "backbone.pth")
 
 
 class Exploit:

@@ -81,11 +81,25 @@ LABELS = [
 ]
 CLASSES = sorted((label for label in LABELS if label.train_id != IGNORE), key=lambda label: label.train_id)
 CLASS_NAMES = [label.name for label in CLASSES]
+CATEGORIES = list(dict.fromkeys(label.category for label in CLASSES))
+CATEGORY_OF = [CATEGORIES.index(label.category) for label in CLASSES]
 LABEL_BY_NAME = {label.name: label for label in LABELS}
 
 TRAIN_ID_OF = np.full(256, IGNORE, np.uint8)  # label id -> train id
 for _label in LABELS[:-1]:
     TRAIN_ID_OF[_label.id] = _label.train_id
+
+# Pixels of the average instance in the training set (cityscapesScripts, evalPixelLevelSemanticLabeling).
+AVERAGE_INSTANCE = {
+    "person": 3462.4756337644,
+    "rider": 3930.4788056518,
+    "car": 12794.0202738185,
+    "truck": 27855.1264367816,
+    "bus": 35732.1511111111,
+    "train": 67583.7075812274,
+    "motorcycle": 6298.7200839748,
+    "bicycle": 4672.3249222261,
+}
 
 
 # ---- train ids -----------------------------------------------------------------------------------------------------
@@ -221,11 +235,11 @@ def read_label(path: Path) -> Image.Image:
     return image if image.mode == "L" else Image.fromarray(np.asarray(image))  # a palette's indices are the ids
 
 
-def find_samples(root: Path, split: str) -> list[Sample]:
-    """All photos of a split with their labels, sorted by name.
+def find_photos(root: Path, split: str) -> list[Path]:
+    """All photos of a split, sorted by name.
 
     Raises:
-        InputError: there are no photos, or one has no label.
+        InputError: there are none.
     """
     root = Path(root)
     photos = sorted(root.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"))
@@ -234,8 +248,18 @@ def find_samples(root: Path, split: str) -> list[Sample]:
             f"{root / 'leftImg8bit' / split}: no photos: expected CITY/*_leftImg8bit.png; unpack Cityscapes there "
             f"(python prepare_cityscapes.py --help) or try the generated data (python train.py --demo)"
         )
+    return photos
+
+
+def find_samples(root: Path, split: str) -> list[Sample]:
+    """All photos of a split with their labels, sorted by name.
+
+    Raises:
+        InputError: there are no photos, or one has no label.
+    """
+    root = Path(root)
     samples = []
-    for photo in photos:
+    for photo in find_photos(root, split):
         name = photo.name.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
         label = root / "gtFine" / split / photo.parent.name / name
         if not label.exists():
@@ -289,18 +313,36 @@ def read_label_tensor(sample: Sample) -> Tensor:
     return to_tensor(read_label(sample.label))
 
 
-class WholeImages(Dataset):
-    """For scoring: item i is photo uint8 (3, H, W) and label uint8 (H, W) of sample i, untouched."""
+def instance_path(sample: Sample) -> Path:
+    """Where Cityscapes keeps the instances of a sample."""
+    return sample.label.with_name(sample.label.name.replace("labelTrainIds", "instanceIds"))
 
-    def __init__(self, samples: Sequence[Sample]):
+
+def read_instances(sample: Sample) -> Tensor:
+    """int32 (H, W): 1000 (k + 1) + j for instance j = 0 .. 999 of class k; 0 for what is in none or is not scored."""
+    ids = np.asarray(read_image(instance_path(sample))).astype(np.int32)  # 1000 * label id + number, or a label id
+    train_ids = TRAIN_ID_OF[ids // 1000].astype(np.int32)
+    inside = (ids > 1000) & (train_ids != IGNORE)
+    return torch.from_numpy(np.where(inside, 1000 * (train_ids + 1) + ids % 1000, 0))
+
+
+class WholeImages(Dataset):
+    """For scoring: item i is photo uint8 (3, H, W) and label uint8 (H, W) of sample i, untouched.
+
+    With ``instances`` also the instances, int32 (H, W): see ``read_instances``.
+    """
+
+    def __init__(self, samples: Sequence[Sample], instances: bool = False):
         self.samples = samples
+        self.instances = instances
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         sample = self.samples[index]
-        return to_tensor(read_photo(sample.photo)), read_label_tensor(sample)
+        instances = (read_instances(sample),) if self.instances else ()
+        return to_tensor(read_photo(sample.photo)), read_label_tensor(sample), *instances
 
 
 class RandomCrops(Dataset):

@@ -1,0 +1,108 @@
+"""Ways to look at a photo: properties that hold for any model, with small ones made for them."""
+
+import pytest
+import torch
+from torch import nn
+
+from ocrnet.data.cityscapes import AVERAGE_INSTANCE, CLASS_NAMES, WholeImages, find_samples, read_instances
+from ocrnet.device import Accelerator
+from ocrnet.inference import predict, score, sliding
+
+
+class Pointwise(nn.Module):
+    """Logits of each pixel from that pixel alone, so that windows and mirrors cannot matter."""
+
+    align_corners = False
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, image):
+        self.seen.append(tuple(image.shape[-2:]))
+        logits = self.layer(image)
+        return logits, logits
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return Accelerator("cpu")
+
+
+@pytest.fixture
+def photo():
+    return torch.randint(0, 256, (2, 3, 20, 33), dtype=torch.uint8)
+
+
+def test_probabilities_of_a_pixel_sum_to_one(cpu, photo):
+    probabilities = predict(Pointwise(), photo, cpu, scales=[0.5, 1, 1.5], flip=True)
+    assert probabilities.shape == (2, 4, 20, 33) and probabilities.dtype == torch.float32
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(2, 20, 33))
+
+
+def test_a_mirror_does_nothing_to_a_symmetric_model(cpu, photo):
+    torch.testing.assert_close(predict(Pointwise(), photo, cpu, flip=True), predict(Pointwise(), photo, cpu))
+
+
+def test_a_mirrored_photo_is_seen_and_turned_back(cpu, photo):
+    class Left(nn.Module):  # says 0 in the left half and 1 in the right
+        def forward(self, image):
+            side = torch.where(torch.arange(image.shape[3]) * 2 >= image.shape[3], 50.0, -50.0)
+            logits = torch.stack([-side, side]).expand(image.shape[0], image.shape[2], 2, -1).transpose(1, 2)
+            return logits, logits
+
+    both = predict(Left(), photo, cpu, flip=True)
+    torch.testing.assert_close(both[..., :16], torch.full((2, 2, 20, 16), 0.5), atol=1e-4, rtol=0)
+
+
+def test_the_result_is_the_mean_of_softmaxes_over_scales(cpu, photo):
+    model = Pointwise()
+    parts = [predict(model, photo, cpu, scales=[scale]) for scale in (0.5, 1, 2)]
+    torch.testing.assert_close(predict(model, photo, cpu, scales=[0.5, 1, 2]), sum(parts) / 3)
+    assert model.seen[:3] == [(10, 17), (20, 33), (40, 66)]
+
+
+@pytest.mark.parametrize("window", [(20, 33), (40, 50)])
+def test_a_window_as_large_as_the_image_is_the_whole_image(cpu, photo, window):
+    model = Pointwise()
+    assert torch.equal(predict(model, photo, cpu, slide=window), predict(model, photo, cpu))
+    assert model.seen == [(20, 33)] * 2
+
+
+def test_windows_cover_the_image_and_end_at_its_border():
+    model = Pointwise()
+    image = torch.randn(1, 3, 20, 33)
+    torch.testing.assert_close(sliding(model, image, (8, 16), (5, 9)), model.layer(image))
+    assert model.seen == [(8, 16)] * (4 * 3)  # tops 0 5 10 12, lefts 0 9 17
+
+
+def test_scoring_leaves_training_mode_as_it_was_and_counts_every_pixel_once(cpu, data):
+    class Road(nn.Module):
+        align_corners = False
+
+        def forward(self, image):
+            assert not self.training
+            logits = torch.zeros(image.shape[0], 19, *image.shape[-2:])
+            logits[:, 0] = 1
+            return logits, logits
+
+    dataset, model = WholeImages(find_samples(data, "val")), Road().train()
+    confusion = score(model, dataset, 19, cpu)
+    assert model.training
+    assert confusion.counts.sum() == sum((label != 255).sum() for _, label in dataset)
+    assert confusion.counts[:, 1:].sum() == 0
+
+
+def test_instances_are_numbered_by_class(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from ocrnet.data.cityscapes import Sample
+
+    ids = np.array([[7, 24, 24000, 24003], [26001, 29001, 33999, 0]], dtype=np.uint16)  # 24: a group of persons
+    Image.fromarray(ids).save(tmp_path / "a_gtFine_instanceIds.png")
+    sample = Sample(tmp_path / "a_leftImg8bit.png", tmp_path / "a_gtFine_labelTrainIds.png")
+    assert read_instances(sample).tolist() == [[0, 0, 12000, 12003], [14001, 0, 19999, 0]]
+    assert set(AVERAGE_INSTANCE) <= set(CLASS_NAMES)

@@ -97,8 +97,7 @@ class Accelerator:
         if not dist.is_initialized():
             return model
         device_ids = None if self.device.type == "cpu" else [self.device.index]
-        # its buffers are BatchNorm's, which are the same everywhere already
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 
     def sync_bn(self, model: nn.Module) -> nn.Module:
         """The model with BatchNorm over all processes' images: PyTorch's own where the device has it."""

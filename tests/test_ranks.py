@@ -108,7 +108,7 @@ def some_steps(rank, image, label, world_size):
     model = tiny().double()
     if world_size > 1:
         convert_sync_bn(model)
-    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+    wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     for x, y in zip(image, label):
         loss, _ = ocr_loss(*wrapped(x[rank::world_size]), y[rank::world_size])

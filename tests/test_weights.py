@@ -138,7 +138,7 @@ class Exploit:
 
 @pytest.mark.parametrize("load", [load_checkpoint, lambda path: load_weights(build_model("hr18s"), path)])
 def test_code_in_a_file_is_not_run(load, tmp_path, capsys):
-    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Exploit()))
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Exploit(), protocol=2))
     torch.save({"model": Exploit(), "config": {}}, tmp_path / "worse.pt")
     for name in ("bad.pt", "worse.pt"):
         with pytest.raises(InputError, match=name):

@@ -56,7 +56,7 @@ def cut(image: Image.Image, box: tuple[float, ...], size: tuple[int, int], resam
 
     Bilinear here means between the four nearest pixels also when shrinking, as in OpenCV's resize and so in the recipe.
     """
-    return image.transform(size[::-1], Image.Transform.EXTENT, box, resample, fillcolor=fill)
+    return image.transform((size[1], size[0]), Image.Transform.EXTENT, box, resample, fillcolor=fill)
 
 
 def draw_colour(rng: random.Random) -> tuple[float, float, float, float, float]:

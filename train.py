@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ocrnet.checkpoint import load_checkpoint, save_checkpoint
 from ocrnet.data.cityscapes import (
     CLASS_NAMES,
+    CLASS_WEIGHTS,
     EndlessSampler,
     RandomCrops,
     WholeImages,
@@ -66,6 +67,14 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--batch-size", type=int, default=2, help="pictures a process (default: %(default)s)")
     group.add_argument("--iters", type=int, default=40_000, **show)
     group.add_argument("--lr", type=float, default=0.01, help="for a global batch of 8 (default: %(default)s)")
+    group.add_argument("--min-lr", type=float, default=1e-4, help="where lr ends (default: %(default)s)")
+    group.add_argument(
+        "--colour", action=argparse.BooleanOptionalAction, default=True, help="colour change (default: on)"
+    )
+    group.add_argument("--class-weights", action="store_true", help="weigh classes as the authors do")
+    group.add_argument("--ohem", type=float, metavar="P", help="only pixels whose class got less than P (0.7, 0.9)")
+    group.add_argument("--align-corners", action="store_true", help="resize maps as the authors do")
+    group.add_argument("--dropout", type=float, help="before the classifier (default: 0, ResNet 0.1, authors 0.05)")
     group.add_argument("--seed", type=int, default=0, **show)
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=KINDS, help="(default: the first of these that is there)")
@@ -115,12 +124,13 @@ def main() -> None:
     train_samples, val_samples = find_samples(args.data, "train"), find_samples(args.data, "val")
     check_samples((train_samples + val_samples)[rank::world_size], quiet=not is_main)
     accelerator.barrier()
-    train_set, val_set = RandomCrops(train_samples, args.crop, args.seed, args.scales), WholeImages(val_samples)
+    train_set = RandomCrops(train_samples, args.crop, args.seed, args.scales, args.colour)
+    val_set = WholeImages(val_samples)
     num_classes = len(CLASS_NAMES)
 
     # ---- model, optimizer, and where a stopped run stood ----
     torch.manual_seed(args.seed)
-    model = build_model(args.model, num_classes)
+    model = build_model(args.model, num_classes, args.align_corners, args.dropout)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"OCRNet {args.model}: {parameters:,} parameters, on {accelerator}, " + ("mixed precision" if amp else "fp32"))
     say(f"{args.data}: {len(train_samples)} training and {len(val_samples)} validation pictures")
@@ -176,6 +186,7 @@ def main() -> None:
             save_checkpoint(args.out / name, state)
 
     # ---- the loop ----
+    class_weights = torch.tensor(CLASS_WEIGHTS, device=device) if args.class_weights else None
     sampler = EndlessSampler(len(train_set), args.seed, rank, world_size, start * global_batch)
     loader = DataLoader(
         train_set, args.batch_size, sampler=sampler, num_workers=args.workers, pin_memory=device.type != "cpu"
@@ -188,12 +199,12 @@ def main() -> None:
     for iteration in range(start + 1, args.iters + 1):
         photo, label, colour = (x.to(device, non_blocking=True) for x in next(batches))
         image = to_input(photo, colour).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-        lr = poly_lr(args.lr, iteration - 1, args.iters)
+        lr = poly_lr(args.lr, iteration - 1, args.iters, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with accelerator.autocast(amp):
             logits, region_logits = ddp_model(image)  # (B, K, H, W) each
-        loss, parts = ocr_loss(logits, region_logits, label.long())
+        loss, parts = ocr_loss(logits, region_logits, label.long(), class_weights, args.ohem)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -10,19 +10,55 @@ from torch import Tensor
 REGION_WEIGHT = 0.4  # of the soft object regions' loss (paper, section 4.2)
 
 
-def pixel_loss(logits: Tensor, label: Tensor, ignore: int = 255) -> Tensor:
+def pixel_loss(logits: Tensor, label: Tensor, weight: Tensor | None = None, ignore: int = 255) -> Tensor:
     """Cross-entropy in fp32 or wider: logits (B, K, H, W), label (B, H, W) int64 -> the mean over *all* pixels.
 
     Ignored pixels count in the divisor, as in mmsegmentation: a crop of nothing else gives 0 rather than nan, and
-    processes whose crops have unequal shares of them still weigh the same.
+    processes whose crops have unequal shares of them still weigh the same. ``weight`` (K,) multiplies each class's loss.
     """
+    return losses_of_pixels(logits, label, weight, ignore).sum() / label.numel()
+
+
+def hard_pixel_loss(
+    logits: Tensor,
+    label: Tensor,
+    threshold: float,
+    min_kept: int = 131_072,
+    weight: Tensor | None = None,
+    ignore: int = 255,
+) -> Tensor:
+    """Cross-entropy of the hard pixels alone (OHEM): the mean over those whose class got a probability < threshold.
+
+    Where fewer than ``min_kept`` of the batch are that hard, the hardest ``min_kept`` count. The authors' HRNet-OCR has
+    threshold 0.9, mmsegmentation 0.7.
+    """
+    scored = label != ignore
+    with torch.no_grad():
+        index = label.masked_fill(~scored, 0)[:, None]
+        probability = logits.float().softmax(dim=1).gather(1, index)[:, 0][scored]  # of the right class
+        if 0 < min_kept < probability.numel():
+            threshold = max(threshold, float(probability.kthvalue(min_kept + 1)[0]))
+        hard = probability < threshold if min_kept < probability.numel() else probability < torch.inf
+    return losses_of_pixels(logits, label, weight, ignore)[scored][hard].sum() / hard.sum().clamp(min=1)
+
+
+def losses_of_pixels(logits: Tensor, label: Tensor, weight: Tensor | None, ignore: int) -> Tensor:
+    """(B, H, W), 0 where ignored."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, label, ignore_index=ignore, reduction="sum") / label.numel()
+    return F.cross_entropy(logits, label, weight, ignore_index=ignore, reduction="none")
 
 
-def ocr_loss(logits: Tensor, region_logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """-> loss to minimise, and its two parts (2,) without gradient: of the final segmentation and of the regions."""
-    final, regions = pixel_loss(logits, label), pixel_loss(region_logits, label)
+def ocr_loss(
+    logits: Tensor, region_logits: Tensor, label: Tensor, weight: Tensor | None = None, ohem: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """-> loss to minimise, and its two parts (2,) without gradient: of the final segmentation and of the regions.
+
+    Args:
+        weight: of each class (K,).
+        ohem: count only pixels of the final segmentation that are this hard; see ``hard_pixel_loss``.
+    """
+    final = pixel_loss(logits, label, weight) if ohem is None else hard_pixel_loss(logits, label, ohem, weight=weight)
+    regions = pixel_loss(region_logits, label, weight)
     return final + REGION_WEIGHT * regions, torch.stack([final.detach(), regions.detach()])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ocrnet.losses import ocr_loss, pixel_loss, poly_lr
+from ocrnet.losses import hard_pixel_loss, ocr_loss, pixel_loss, poly_lr
 
 
 def test_ignored_pixels_count_in_the_divisor_only():
@@ -33,6 +33,48 @@ def test_regions_weigh_two_fifths():
     loss, parts = ocr_loss(final, regions, label)
     torch.testing.assert_close(parts, torch.stack([pixel_loss(final, label), pixel_loss(regions, label)]))
     torch.testing.assert_close(loss, parts[0] + 0.4 * parts[1])
+
+
+def test_class_weights_multiply_each_classs_loss():
+    logits, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    weight = torch.tensor([1.0, 0, 5])
+    each = F.cross_entropy(logits, label, reduction="none")
+    torch.testing.assert_close(pixel_loss(logits, label, weight), (each * weight[label]).sum() / 16)
+
+
+def hard_by_sorting(logits, label, threshold, min_kept):
+    """As the authors' OhemCrossEntropy is described: sort, raise the threshold to keep enough, mean over the kept."""
+    pixels = [
+        (logits[0, :, y, x].softmax(0)[label[0, y, x]].item(), logits[0, :, y, x].log_softmax(0)[label[0, y, x]].item())
+        for y in range(8)
+        for x in range(8)
+        if label[0, y, x] != 255
+    ]
+    pixels.sort()
+    threshold = max(threshold, pixels[min(min_kept, len(pixels) - 1)][0])
+    kept = [-log for p, log in pixels if p < threshold]
+    return sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize("threshold, min_kept", [(0.3, 1), (0.3, 20), (0.0, 7), (0.9, 5)])
+def test_hard_pixels_are_those_below_the_threshold_or_the_hardest(threshold, min_kept):
+    torch.manual_seed(0)
+    logits, label = torch.randn(1, 3, 8, 8) * 2, torch.randint(0, 3, (1, 8, 8))
+    label[0, :2] = 255
+    expected = hard_by_sorting(logits, label, threshold, min_kept)
+    assert hard_pixel_loss(logits, label, threshold, min_kept).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_with_fewer_pixels_than_must_be_kept_all_count():
+    logits, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    torch.testing.assert_close(hard_pixel_loss(logits, label, 0.0, min_kept=100), F.cross_entropy(logits, label))
+    assert hard_pixel_loss(logits, torch.full((1, 4, 4), 255), 0.7) == 0
+
+
+def test_only_the_final_segmentation_is_held_to_its_hard_pixels():
+    final, regions, label = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    _, parts = ocr_loss(final, regions, label, ohem=0.7)
+    torch.testing.assert_close(parts, torch.stack([hard_pixel_loss(final, label, 0.7), pixel_loss(regions, label)]))
 
 
 def test_schedule_starts_at_lr_and_ends_at_the_floor():

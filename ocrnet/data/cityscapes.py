@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from ..errors import InputError
-from .transforms import draw_colour, random_crop
+from .transforms import NO_CHANGE, draw_colour, random_crop
 
 IGNORE = 255  # the train id of everything that is not scored
 
@@ -88,6 +88,12 @@ LABEL_BY_NAME = {label.name: label for label in LABELS}
 TRAIN_ID_OF = np.full(256, IGNORE, np.uint8)  # label id -> train id
 for _label in LABELS[:-1]:
     TRAIN_ID_OF[_label.id] = _label.train_id
+
+# What the authors' HRNet-OCR weighs each class's loss with.
+CLASS_WEIGHTS = [
+    0.8373, 0.9180, 0.8660, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,
+    0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507,
+]  # fmt: skip
 
 # Pixels of the average instance in the training set (cityscapesScripts, evalPixelLevelSemanticLabeling).
 AVERAGE_INSTANCE = {
@@ -353,9 +359,15 @@ class RandomCrops(Dataset):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], crop: tuple[int, int], seed: int, scales: tuple[float, float] = (0.5, 2.0)
+        self,
+        samples: Sequence[Sample],
+        crop: tuple[int, int],
+        seed: int,
+        scales: tuple[float, float] = (0.5, 2.0),
+        colour: bool = True,
     ):
         self.samples = samples
+        self.colour = colour
         self.crop = crop
         self.scales = scales
         self.seed = seed
@@ -368,7 +380,7 @@ class RandomCrops(Dataset):
         rng = random.Random(f"{self.seed} {epoch} {index}")
         sample = self.samples[index]
         photo, label = random_crop(read_photo(sample.photo), read_label(sample.label), self.crop, rng, self.scales)
-        return to_tensor(photo), to_tensor(label), torch.tensor(draw_colour(rng))
+        return to_tensor(photo), to_tensor(label), torch.tensor(draw_colour(rng) if self.colour else NO_CHANGE)
 
 
 class EndlessSampler(Sampler):

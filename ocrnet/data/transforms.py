@@ -17,6 +17,7 @@ MEAN = (123.675, 116.28, 103.53)  # of ImageNet's RGB, on the scale 0 .. 255
 STD = (58.395, 57.12, 57.375)
 PAD_PHOTO = (124, 116, 104)  # the mean: about 0 after normalising
 PAD_LABEL = 255  # not scored
+NO_CHANGE = (0.0, 1.0, 1.0, 0.0, 1.0)  # of colour
 
 
 def random_crop(

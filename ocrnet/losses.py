@@ -14,7 +14,7 @@ def pixel_loss(logits: Tensor, label: Tensor, weight: Tensor | None = None, igno
     """Cross-entropy in fp32 or wider: logits (B, K, H, W), label (B, H, W) int64 -> the mean over *all* pixels.
 
     Ignored pixels count in the divisor, as in mmsegmentation: a crop of nothing else gives 0 rather than nan, and
-    processes whose crops have unequal shares of them still weigh the same. ``weight`` (K,) multiplies each class's loss.
+    processes whose crops have unequal shares of them still weigh the same. ``weight`` (K,) is of each class.
     """
     return losses_of_pixels(logits, label, weight, ignore).sum() / label.numel()
 

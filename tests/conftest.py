@@ -12,6 +12,7 @@ import torch
 
 from ocrnet.data.cityscapes import write_missing_train_ids
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.models.weights import MMSEGMENTATION
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,3 +62,21 @@ def kill(process: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def as_theirs(model, table, prefix=""):
+    """Our tensors under another project's names, as its file would have them."""
+    theirs = {}
+    for name, x in model.state_dict().items():
+        start, own = max(
+            ((start, own) for start, own in table.items() if name.startswith(own)), key=lambda pair: len(pair[1])
+        )
+        theirs[prefix + start + name[len(own) :]] = x
+    return theirs
+
+
+def as_mmsegmentation(model):
+    """Our tensors under mmsegmentation's names."""
+    stem = {} if model.config["deep_stem"] else {"backbone.stem.", "backbone.stem.7."}
+    table = {theirs: ours for theirs, ours in MMSEGMENTATION.items() if theirs not in stem}
+    return as_theirs(model, {**table, "backbone.": "backbone."})

@@ -5,11 +5,12 @@ import pickle
 import pytest
 import torch
 import torchvision
+from conftest import as_mmsegmentation, as_theirs
 
 from ocrnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from ocrnet.errors import InputError
 from ocrnet.models import build_model, load_weights
-from ocrnet.models.weights import AUTHORS, MMSEGMENTATION
+from ocrnet.models.weights import AUTHORS
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +43,6 @@ def test_a_file_with_too_little_of_the_backbone_is_refused(model, tmp_path):
         load_weights(model, tmp_path / "little.pth")
 
 
-def as_theirs(model, table, prefix=""):
-    """Our tensors under another project's names, as its file would have them."""
-    theirs = {}
-    for name, x in model.state_dict().items():
-        start, own = max(
-            ((start, own) for start, own in table.items() if name.startswith(own)), key=lambda pair: len(pair[1])
-        )
-        theirs[prefix + start + name[len(own) :]] = x
-    return theirs
-
-
 def random_model(name, **more):
     """Random weights and random BatchNorm statistics."""
     torch.manual_seed(0)
@@ -71,7 +61,7 @@ def same_logits(a, b, size=(65, 97)):
 
 def test_mmsegmentations_names_are_understood(tmp_path):
     source = random_model("hr18s")
-    state = as_theirs(source, {**MMSEGMENTATION, "backbone.": "backbone."})
+    state = as_mmsegmentation(source)
     assert "decode_head.1.object_context_block.query_project.1.bn.running_var" in state
     torch.save({"state_dict": state, "meta": {"epoch": 3}}, tmp_path / "mmseg.pth")
     model = build_model("hr18s")
@@ -83,7 +73,7 @@ def test_mmsegmentations_names_are_understood(tmp_path):
 
 def test_mmsegmentations_resnet_brings_its_deep_stem(tmp_path):
     source = random_model("r50", num_classes=5, deep_stem=True)
-    state = as_theirs(source, {**MMSEGMENTATION, "backbone.": "backbone."})
+    state = as_mmsegmentation(source)
     assert state["backbone.stem.0.weight"].shape == (32, 3, 3, 3)
     torch.save({"state_dict": state}, tmp_path / "resnet.pth")
     model = build_model("r50", num_classes=5)

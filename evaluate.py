@@ -248,7 +248,11 @@ def main() -> None:
         slide=args.slide,
         stride=args.stride,
     )
-    model = load_model(args.ckpt).to(accelerator.device, memory_format=torch.channels_last)
+    model = load_model(args.ckpt)
+    if model.config["num_classes"] != len(CLASSES):
+        found = model.config["num_classes"]
+        raise InputError(f"--ckpt {args.ckpt}: a model of {found} classes: expected Cityscapes' {len(CLASSES)}")
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
     task = colour_pictures if args.images else export_split if args.export else score_split
     task(model, args, accelerator, how)
     accelerator.close()

@@ -12,6 +12,8 @@ import torch
 from conftest import kill
 from PIL import Image
 
+from ocrnet.models import build_model
+
 SMALL = ["--model", "hr18s", "--crop", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu"]
 RHYTHM = ["--iters", 6, "--val-every", 3, "--save-every", 2]
 
@@ -189,6 +191,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, data, tmp_path):
     done = script("train.py", *SMALL, *flags, ok=False)
     assert "the loss became nan" in done.stderr and "--lr" in done.stderr
     assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_a_model_of_other_classes_is_refused(script, tmp_path):
+    model = build_model("hr18s", num_classes=4)
+    torch.save({"model": model.state_dict(), "config": model.config}, tmp_path / "four.pt")
+    done = script("evaluate.py", "--ckpt", tmp_path / "four.pt", "--device", "cpu", ok=False)
+    assert "a model of 4 classes: expected Cityscapes' 19" in done.stderr
+
+
+def test_predictions_are_exported_as_label_ids_under_the_photos_names(script, trained, data, tmp_path):
+    flags = ["--ckpt", trained[0] / "last.pt", "--data", data, "--device", "cpu"]
+    script("evaluate.py", *flags, "--export", tmp_path / "out")
+    photos = sorted((data / "leftImg8bit/val").rglob("*.png"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in photos]
+    scored_ids = {7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33}
+    for path in photos:
+        exported = Image.open(tmp_path / "out" / path.name)
+        assert exported.mode == "L" and exported.size == Image.open(path).size
+        assert set(np.unique(exported)) <= scored_ids
+    refused = script("evaluate.py", *flags, "--split", "test", ok=False)
+    assert "its labels are not public" in refused.stderr
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(script, tmp_path):

@@ -71,6 +71,13 @@ def test_mmsegmentations_names_are_understood(tmp_path):
     assert same_logits(load_model(tmp_path / "mmseg.pth"), source)  # the variant is read off the shapes
 
 
+def test_a_file_of_more_than_tensors_says_how_to_keep_the_tensors(tmp_path):
+    """As checkpoints of mmengine, whose training history is an object of its own."""
+    torch.save({"state_dict": {}, "meta": Exploit()}, tmp_path / "history.pth")
+    with pytest.raises(InputError, match=r"weights_only=False\)\['state_dict'\], 'weights.pth'"):
+        load_weights(build_model("hr18s"), tmp_path / "history.pth")
+
+
 def test_mmsegmentations_resnet_brings_its_deep_stem(tmp_path):
     source = random_model("r50", num_classes=5, deep_stem=True)
     state = as_mmsegmentation(source)

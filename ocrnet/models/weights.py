@@ -100,12 +100,11 @@ def read_file(path: Path) -> Any:
     except Exception as error:  # bytes of any other origin fail in any way
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         hint = ""
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(
-            path
-        ):  # more than tensors, as in mmengine's
-            hint = (
-                '; if you trust its origin, keep its tensors alone: python -c "import torch; '
-                f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'weights.pth')\""
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            command = f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'weights.pth')"
+            hint = (  # there are other objects beside the tensors, as mmengine's training history
+                "; if you trust its origin, keep its tensors alone, where the program that wrote it is installed: "
+                f'python -c "import torch; {command}"'
             )
         raise InputError(f"{path}: not a checkpoint that can be loaded safely ({reason}){hint}") from None
 

@@ -12,9 +12,9 @@ class InputError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: an InputError becomes its one sentence on stderr and exit status 1."""
+    """Run a script: an InputError, or what the system says of a file, becomes one sentence and exit status 1."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         # one that crossed from a loader's worker carries that worker's traceback before it
         sys.exit("error: " + str(error).strip().splitlines()[-1].split("InputError: ")[-1])

@@ -193,6 +193,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, data, tmp_path):
     assert not (tmp_path / "run/last.pt").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(script, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = script("prepare_cityscapes.py", "--synthetic", "--root", tmp_path / "file/data", "--workers", 1, ok=False)
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "file/data" in done.stderr.splitlines()[-1]
+
+
 def test_a_model_of_other_classes_is_refused(script, tmp_path):
     model = build_model("hr18s", num_classes=4)
     torch.save({"model": model.state_dict(), "config": model.config}, tmp_path / "four.pt")

@@ -98,7 +98,6 @@ def read_file(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # bytes of any other origin fail in any way
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         hint = ""
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
             command = f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'weights.pth')"
@@ -106,7 +105,7 @@ def read_file(path: Path) -> Any:
                 "; if you trust its origin, keep its tensors alone, where the program that wrote it is installed: "
                 f'python -c "import torch; {command}"'
             )
-        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({reason}){hint}") from None
+        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({type(error).__name__}){hint}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

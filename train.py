@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -227,7 +228,7 @@ def main() -> None:
             log({**entry, "loss_regions": mean[2], "lr": lr, "images_per_s": speed})
             bar.set_postfix_str(f"loss {mean[0]:.4f}, lr {lr:.2e}, {speed:.1f} images/s")
             if bar.disable:
-                left = time.strftime("%H:%M:%S", time.gmtime((args.iters - iteration) * global_batch / speed))
+                left = timedelta(seconds=round((args.iters - iteration) * global_batch / speed))
                 numbers = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.1f} images/s  {left} left"
                 say(f"iter {iteration}/{args.iters}  {numbers}")
             losses.zero_()

@@ -36,9 +36,11 @@ def hard_pixel_loss(
     with torch.no_grad():
         index = label.masked_fill(~scored, 0)[:, None]
         probability = logits.float().softmax(dim=1).gather(1, index)[:, 0][scored]  # of the right class
-        if 0 < min_kept < probability.numel():
+        if probability.numel() > min_kept:
             threshold = max(threshold, float(probability.kthvalue(min_kept + 1)[0]))
-        hard = probability < threshold if min_kept < probability.numel() else probability < torch.inf
+        else:
+            threshold = torch.inf
+    hard = probability < threshold
     return losses_of_pixels(logits, label, weight, ignore)[scored][hard].sum() / hard.sum().clamp(min=1)
 
 

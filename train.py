@@ -5,12 +5,14 @@
     torchrun --nproc_per_node 4 train.py            the recipe: 4 cards of 2 pictures, 40,000 iterations
     torchrun --nproc_per_node 4 train.py --resume   go on after a stop
 
-Writes to the folder --out: log.jsonl, last.pt, best.pt, curve.png, samples.png.
+Writes to the folder --out: log.jsonl, last.pt, best.pt, curve.png, samples.png. SIGTERM and Ctrl-C save and leave.
 """
 
 import argparse
-import json
 import math
+import random
+import signal
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ocrnet.checkpoint import load_checkpoint, save_checkpoint
+from ocrnet.checkpoint import RunFolder, load_checkpoint
 from ocrnet.data.cityscapes import (
     CLASS_NAMES,
     CLASS_WEIGHTS,
@@ -28,9 +30,9 @@ from ocrnet.data.cityscapes import (
     WholeImages,
     check_samples,
     find_samples,
+    leave_signals_to_parent,
     read_label_tensor,
     write_missing_train_ids,
-    write_whole,
 )
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import to_input
@@ -66,6 +68,7 @@ def parse_args() -> argparse.Namespace:
         "--scales", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="(default: 0.5 2.0)"
     )
     group.add_argument("--batch-size", type=int, default=2, help="pictures a process (default: %(default)s)")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches that make a step (default: 1)")
     group.add_argument("--iters", type=int, default=40_000, **show)
     group.add_argument("--lr", type=float, default=0.01, help="for a global batch of 8 (default: %(default)s)")
     group.add_argument("--min-lr", type=float, default=1e-4, help="where lr ends (default: %(default)s)")
@@ -82,6 +85,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--workers", type=int, default=4, help="loader processes a process (default: %(default)s)")
+    group.add_argument("--timeout", type=float, default=600, help="seconds to wait for a process (default: 600)")
     group = parser.add_argument_group("rhythm, in iterations")
     group.add_argument("--val-every", type=int, default=4000, **show)
     group.add_argument("--save-every", type=int, default=4000, **show)
@@ -90,7 +94,7 @@ def parse_args() -> argparse.Namespace:
         parser.set_defaults(**DEMO)
     args = parser.parse_args()
     args.out = args.out or Path("runs") / args.model
-    for name in ("batch_size", "iters", "val_every", "save_every", "log_every"):
+    for name in ("batch_size", "accumulate", "iters", "val_every", "save_every", "log_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
     if not 0 < args.scales[0] <= args.scales[1]:
@@ -100,21 +104,54 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def keep_log_until(path: Path, iteration: int) -> None:
-    """Drop the entries of a log that come after ``iteration``: a resumed run writes them again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        with write_whole(path) as part:
-            part.write_text("".join(line + "\n" for line in lines if json.loads(line)["iter"] <= iteration))
+class Stop:
+    """SIGTERM (of schedulers) and Ctrl-C ask for a stop after the current iteration; a later Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.signal = None
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.signal and time.monotonic() > self.since + 1:  # not one that came twice
+            raise KeyboardInterrupt
+        self.signal, self.since = signal.Signals(number), time.monotonic()
+
+
+def check_resumable(state: dict, args: argparse.Namespace, run: dict, last: Path) -> list[str]:
+    """Compare a checkpoint's run with the one that is to go on: -> what may differ and does, a sentence each.
+
+    Raises:
+        InputError: something differs with which the run would be neither the one nor the other.
+    """
+    if not {"optimizer", "args", "run"} <= state.keys():
+        raise InputError(f"{last}: holds a model but no run to go on with: start from it with --weights")
+    before = state["args"]
+    for name in ("model", "align_corners", "dropout", "iters", "seed"):
+        now = getattr(args, name)
+        if now != before[name]:
+            raise InputError(f"--{name.replace('_', '-')} {now}: {last} is of a run with {before[name]}")
+    for name in ("classes", "global batch", "training pictures"):
+        if run[name] != state["run"][name]:
+            raise InputError(f"{name} {run[name]}: {last} is of a run with {state['run'][name]}")
+    changed = [
+        f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {before[name]}"
+        for name in ("lr", "min_lr", "crop", "scales", "colour", "class_weights", "ohem", "accumulate")
+        if getattr(args, name) != before[name]
+    ]
+    for name in ("processes", "mixed precision", "device"):
+        if run[name] != state["run"][name]:
+            changed.append(f"{name}: {run[name]}, before {state['run'][name]}")
+    return changed
 
 
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator(args.device)
+    accelerator = Accelerator(args.device, args.timeout)
     device, rank, world_size = accelerator.device, accelerator.rank, accelerator.world_size
     is_main = accelerator.is_main
     amp = accelerator.kind.amp if args.amp is None else args.amp
-    global_batch = args.batch_size * world_size
+    global_batch = args.batch_size * args.accumulate * world_size
     say = tqdm.write if is_main else lambda text: None
 
     # ---- data ----
@@ -140,14 +177,21 @@ def main() -> None:
     if global_batch != 8 and not args.demo:
         say(f"NOTE: the recipe's lr 0.01 is for a global batch of 8; here it is {global_batch}.")
     last = args.out / "last.pt"
-    state = load_checkpoint(last) if args.resume and last.exists() else None
-    if state and state["config"]["name"] != args.model:
-        raise InputError(f"--model {args.model}: {last} is of a run of {state['config']['name']}")
-    if state and state["args"]["iters"] != args.iters:
-        raise InputError(f"--iters {args.iters}: {last} is of a run of {state['args']['iters']}, whose lr ends there")
-    if not args.resume and last.exists():
+    run = {
+        "classes": num_classes,
+        "global batch": global_batch,
+        "training pictures": len(train_set),
+        "processes": world_size,
+        "mixed precision": amp,
+        "device": device.type,
+    }
+    state = load_checkpoint(last) if is_main and args.resume and last.exists() else None
+    state = accelerator.broadcast(state)  # also to hosts that do not see the file
+    if is_main and not args.resume and last.exists():
         raise InputError(f"{args.out} holds a run: go on with --resume, or choose another folder with --out")
     if state:
+        for change in check_resumable(state, args, run, last):
+            say(f"NOTE: {change}")
         model = build_model(**state["config"])
         model.load_state_dict(state["model"])
         say(f"resuming {last} after iteration {state['iter']}")
@@ -159,71 +203,105 @@ def main() -> None:
     ddp_model = accelerator.wrap(torch.compile(model) if args.compile else model)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = accelerator.grad_scaler(amp)
-    start, best = 0, -math.inf
+    start, validated, logged, best = 0, 0, 0, -math.inf  # iterations trained, validated, logged; the highest mIoU
+    losses = torch.zeros(3, device=device)  # sums since the last entry of the log: loss, its two parts
     if state:
+        start, validated, logged, best = (state[name] for name in ("iter", "validated", "logged", "best"))
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, best = state["iter"], state["best"]
-    if is_main:
-        args.out.mkdir(parents=True, exist_ok=True)
-        keep_log_until(args.out / "log.jsonl", start)
-
-    def log(entry: dict) -> None:
-        if is_main:
-            with open(args.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+        if state["scaler"]:  # a run without mixed precision has none
+            scaler.load_state_dict(state["scaler"])
+        rows = state["losses"]  # (R, 3)
+        losses += (rows[rank] if len(rows) == world_size else rows.mean(0)).to(device)
+    folder = RunFolder(args.out, start, validated) if is_main else None
+    log = folder.log if is_main else lambda entry: None
 
     def save(name: str, iteration: int) -> None:
+        rows = accelerator.gather(losses)
         if is_main:
             state = {
                 "model": model.state_dict(),
                 "config": model.config,
                 "iter": iteration,
+                "validated": validated,
+                "logged": logged,
+                "losses": rows,
                 "best": best,
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+                "run": run,
             }
-            save_checkpoint(args.out / name, state)
+            folder.save(name, state)
+
+    def validate(iteration: int) -> None:
+        nonlocal validated, best
+        confusion = score(model, val_set, num_classes, accelerator, args.workers, amp=amp)
+        miou, iou = confusion.mean_iou(), confusion.iou().tolist()
+        validated = iteration
+        if miou > best:
+            best = miou
+            save("best.pt", iteration)
+        named = {name: None if math.isnan(x) else x for name, x in zip(CLASS_NAMES, iou)}
+        log({"split": "val", "iter": iteration, "mIoU": None if math.isnan(miou) else miou, "IoU": named})
+        say(f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}")
+
+    def must_validate(iteration: int) -> bool:
+        return iteration == args.iters or iteration % args.val_every == 0
+
+    if 0 < start != validated and must_validate(start):  # stopped while it was validating
+        validate(start)
+        save("last.pt", start)
 
     # ---- the loop ----
     class_weights = torch.tensor(CLASS_WEIGHTS, device=device) if args.class_weights else None
     sampler = EndlessSampler(len(train_set), args.seed, rank, world_size, start * global_batch)
     loader = DataLoader(
-        train_set, args.batch_size, sampler=sampler, num_workers=args.workers, pin_memory=device.type != "cpu"
+        train_set,
+        args.batch_size,
+        sampler=sampler,
+        num_workers=args.workers,
+        pin_memory=device.type != "cpu",
+        worker_init_fn=leave_signals_to_parent,
     )
     batches = iter(loader)
     bar = tqdm(total=args.iters, initial=start, unit="it", disable=None if is_main else True, smoothing=0.05)
-    losses = torch.zeros(3, device=device)  # sums since the last entry of the log: loss, its two parts
-    logged, since = start, time.perf_counter()
+    timed, since = start, time.perf_counter()
+    stop, stopping = Stop(), False
     model.train()
     for iteration in range(start + 1, args.iters + 1):
-        photo, label, colour = (x.to(device, non_blocking=True) for x in next(batches))
-        image = to_input(photo, colour).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+        asked = accelerator.any(stop.signal or accelerator.is_orphan())
+        # dropout draws from seed, iteration and rank alone, so that no generator's state need be kept
+        torch.manual_seed(random.Random(f"{args.seed} {iteration} {rank}").getrandbits(63))
         lr = poly_lr(args.lr, iteration - 1, args.iters, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with accelerator.autocast(amp):
-            logits, region_logits = ddp_model(image)  # (B, K, H, W) each
-        loss, parts = ocr_loss(logits, region_logits, label.long(), class_weights, args.ohem)
-        scaler.scale(loss).backward()
+        for part in range(args.accumulate):
+            photo, label, colour = (x.to(device, non_blocking=True) for x in next(batches))
+            image = to_input(photo, colour).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+            ddp_model.require_backward_grad_sync = part == args.accumulate - 1  # DDP: processes meet once a step
+            with accelerator.autocast(amp):
+                logits, region_logits = ddp_model(image)  # (B, K, H, W) each
+            loss, parts = ocr_loss(logits, region_logits, label.long(), class_weights, args.ohem)
+            scaler.scale(loss / args.accumulate).backward()
+            losses += torch.cat([loss.detach()[None], parts]) / args.accumulate
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        losses += torch.cat([loss.detach()[None], parts])
         bar.update()
 
-        last_one = iteration == args.iters
-        saving = last_one or iteration % args.save_every == 0
-        validating = last_one or iteration % args.val_every == 0
-        if last_one or saving or validating or iteration % args.log_every == 0:
-            mean = (accelerator.mean(losses) / (iteration - logged)).tolist()
+        stopping = asked.item() > 0
+        validating = must_validate(iteration)
+        logging = iteration == args.iters or iteration % args.log_every == 0
+        saving = validating or stopping or iteration % args.save_every == 0
+        if logging or saving:
+            mean = (accelerator.gather(losses).mean(0) / (iteration - logged)).tolist()
             if not math.isfinite(mean[0]):
                 raise InputError(
                     f"the loss became {mean[0]} in iterations {logged + 1} to {iteration}; nothing was saved since: "
                     f"try a lower --lr (it is {args.lr})" + (", or --no-amp" if amp else "")
                 )
-            speed = (iteration - logged) * global_batch / (time.perf_counter() - since)
+        if logging:
+            speed = (iteration - timed) * global_batch / (time.perf_counter() - since)
             entry = {"split": "train", "iter": iteration, "loss": mean[0], "loss_final": mean[1]}
             log({**entry, "loss_regions": mean[2], "lr": lr, "images_per_s": speed})
             bar.set_postfix_str(f"loss {mean[0]:.4f}, lr {lr:.2e}, {speed:.1f} images/s")
@@ -232,26 +310,27 @@ def main() -> None:
                 numbers = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.1f} images/s  {left} left"
                 say(f"iter {iteration}/{args.iters}  {numbers}")
             losses.zero_()
-            logged, since = iteration, time.perf_counter()
-        if validating:
-            confusion = score(model, val_set, num_classes, accelerator, args.workers, amp=amp)
-            miou, iou = confusion.mean_iou(), confusion.iou().tolist()
-            named = {name: None if math.isnan(x) else x for name, x in zip(CLASS_NAMES, iou)}
-            log({"split": "val", "iter": iteration, "mIoU": miou, "IoU": named})
-            say(f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}")
-            if miou > best:
-                best = miou
-                save("best.pt", iteration)
+            logged = timed = iteration
             since = time.perf_counter()
         if saving:
+            before = time.perf_counter()
             save("last.pt", iteration)
+            if validating and not stopping:
+                validate(iteration)
+                save("last.pt", iteration)
+            since += time.perf_counter() - before  # the speed is training's
+        if stopping:
+            break
     bar.close()
 
     # ---- what came of it ----
-    if start >= args.iters:
-        say(f"{last} is complete: nothing left to do")
+    accelerator.barrier()  # the others wait until all is written
+    if stopping:
+        name = stop.signal.name if stop.signal else "a signal to another process"
+        say(f"stopped by {name} after iteration {iteration}, which {last} holds: go on with --resume")
     elif is_main:
-        plot_curves([read_log(args.out)], args.out / "curve.png")
+        log_of_run = read_log(args.out)
+        plot_curves([log_of_run], args.out / "curve.png")
         model.eval()
         shown = [val_set[i] for i in range(0, len(val_set), max(len(val_set) // 4, 1))][:4]
         predictions = [predict(model, photo[None], accelerator, amp).argmax(1)[0].byte().cpu() for photo, _ in shown]
@@ -262,9 +341,12 @@ def main() -> None:
         if args.demo:
             labels = [map(read_label_tensor, samples) for samples in (train_samples, val_samples)]
             baseline = row_baseline(*labels, num_classes).mean_iou()
+            miou = log_of_run.val[-1]["mIoU"]
             say(f"mIoU {miou:.2%}; always the row's most frequent class, without looking at the photo: {baseline:.2%}")
         say(f"wrote {args.out}/: best.pt (mIoU {best:.2%}), last.pt, log.jsonl, curve.png, samples.png")
     accelerator.close()
+    if stopping:
+        sys.exit(128 + (stop.signal or signal.SIGTERM))  # as a shell says it: not done
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ SDAA is Tecorigin's accelerator: ``import torch_sdaa`` adds the device "sdaa" an
 process-group backend is "tccl". Nothing outside this file asks which device it is.
 """
 
-import importlib
+import importlib.util
 import os
 from datetime import timedelta
 from typing import NamedTuple
@@ -51,11 +51,15 @@ class Accelerator:
         rank, world_size: 0 and 1 without torchrun.
         kind: its line of ``KINDS``.
 
+    Args:
+        name: of ``KINDS``; None for the first that is there.
+        timeout: seconds that a process waits for another one before it gives up.
+
     Raises:
         InputError: the device was asked for and is not there, or there are fewer of it than processes on this host.
     """
 
-    def __init__(self, name: str | None = None):
+    def __init__(self, name: str | None = None, timeout: float = 600):
         if name is None:
             name = next(kind for kind in KINDS if is_present(kind))
         elif not is_present(name):
@@ -64,6 +68,7 @@ class Accelerator:
         self.kind = KINDS[name]
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.parent = os.getppid()
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.module = getattr(torch, name)  # torch.cuda, torch.sdaa, torch.cpu
         if name == "cpu":
@@ -75,7 +80,7 @@ class Accelerator:
             self.device = torch.device(name, local_rank)
             self.module.set_device(local_rank)  # before the process group: tccl refuses otherwise
         if "RANK" in os.environ:  # under torchrun, be it with one process
-            dist.init_process_group(self.kind.backend, timeout=timedelta(minutes=30))
+            dist.init_process_group(self.kind.backend, timeout=timedelta(seconds=timeout))
 
     @property
     def is_main(self) -> bool:
@@ -97,7 +102,8 @@ class Accelerator:
         if not dist.is_initialized():
             return model
         device_ids = None if self.device.type == "cpu" else [self.device.index]
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+        # buffers need no broadcasting: they are BatchNorm's statistics, which sync_bn makes equal
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
     def sync_bn(self, model: nn.Module) -> nn.Module:
         """The model with BatchNorm over all processes' images: PyTorch's own where the device has it."""
@@ -110,11 +116,31 @@ class Accelerator:
         if dist.is_initialized():
             dist.all_reduce(torch.zeros(1, device=self.device))
 
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean of a tensor over all processes."""
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensors (...) of all processes, by rank: (R, ...), the same on each."""
+        rows = x.new_zeros(self.world_size, *x.shape)
+        rows[self.rank] = x
+        if dist.is_initialized():
+            dist.all_reduce(rows)  # of zeros but for one's own: every process group has all_reduce
+        return rows
+
+    def any(self, flag: bool) -> torch.Tensor:
+        """A tensor above 0 if any process says so. On a card reading it waits for the card, so read it late."""
+        x = torch.full((), float(flag), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(x)
-        return x / self.world_size
+        return x
+
+    def broadcast(self, value: object) -> object:
+        """What the first process has, be it tensors on the CPU or plain Python, on every process."""
+        values = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def is_orphan(self) -> bool:
+        """Whether torchrun, which started this process, is gone."""
+        return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
 
     def close(self) -> None:
         if dist.is_initialized():

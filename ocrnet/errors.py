@@ -1,7 +1,9 @@
-"""The one exception that is the user's to mend, not the programmer's."""
+"""The one exception that is the user's to mend, not the programmer's, and how a script ends."""
 
 import sys
 from collections.abc import Callable
+
+import torch.distributed as dist
 
 
 class InputError(ValueError):
@@ -12,9 +14,17 @@ class InputError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: an InputError, or what the system says of a file, becomes one sentence and exit status 1."""
+    """Run a script: what is no fault of the code becomes one sentence and exit status 1.
+
+    That is an InputError, what the system says of a file, and a process of the run that is gone.
+    """
     try:
         main()
     except (InputError, OSError) as error:
         # one that crossed from a loader's worker carries that worker's traceback before it
         sys.exit("error: " + str(error).strip().splitlines()[-1].split("InputError: ")[-1])
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/" in str(error)):  # Gloo's errors have no class of their own
+            raise
+        reason = str(error).strip().splitlines()[0]
+        sys.exit(f"error: another process of this run has ended, or did not answer within --timeout ({reason})")

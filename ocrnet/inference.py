@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .data.cityscapes import leave_signals_to_parent
 from .data.transforms import to_input
 from .device import Accelerator
 from .metrics import ConfusionMatrix, InstanceScore
@@ -102,7 +103,9 @@ def score(
     model.eval()
     confusion = ConfusionMatrix(num_classes, accelerator.device)
     shard = range(accelerator.rank, len(dataset), accelerator.world_size)
-    loader = DataLoader(dataset, batch_size=1, sampler=shard, num_workers=workers)
+    loader = DataLoader(
+        dataset, batch_size=1, sampler=shard, num_workers=workers, worker_init_fn=leave_signals_to_parent
+    )
     quiet = True if not accelerator.is_main else None  # None: a bar where there is a terminal
     for photo, label, *instance in tqdm(loader, desc="scoring", leave=False, disable=quiet):
         label = label.to(accelerator.device)

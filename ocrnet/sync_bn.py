@@ -67,12 +67,12 @@ class _SyncBatchNorm(torch.autograd.Function):
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d over the images of all processes in training; the same parameters, buffers and state_dict.
 
-    (B, C, H, W) -> (B, C, H, W). B, H and W may differ between processes. In evaluation, and without a process group,
-    it is nn.BatchNorm2d.
+    (B, C, H, W) -> (B, C, H, W). B, H and W may differ between processes. In evaluation, and in a single process, it is
+    nn.BatchNorm2d.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized()):
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         y, mean, var, n = _SyncBatchNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():

@@ -83,7 +83,7 @@ def read_log(path: Path) -> Run:
     train, val = [], []
     for line in lines:
         entry = parse_json_line(line) if line.startswith("{") else parse_mmengine_line(line, train)
-        if entry:
+        if entry and entry.get("mIoU", 0) is not None:  # None: nothing to score
             (train if entry["split"] == "train" else val).append(entry)
     if not train and not val:
         raise InputError(f"{path}: no log: expected log.jsonl or mmengine's 'Iter(train) [ 50/40000] ... loss: ...'")

@@ -73,4 +73,6 @@ def test_one_process_needs_no_group():
     accelerator = Accelerator("cpu")
     model = torch.nn.Linear(1, 1)
     assert accelerator.wrap(model) is model and accelerator.world_size == 1
-    assert accelerator.mean(torch.tensor(3.0)) == 3
+    assert accelerator.gather(torch.tensor(3.0)).tolist() == [3]
+    assert accelerator.any(True) > 0 and not accelerator.any(False)
+    assert accelerator.broadcast({"iter": 3}) == {"iter": 3}

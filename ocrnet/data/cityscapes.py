@@ -14,6 +14,8 @@ import itertools
 import json
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -381,6 +383,24 @@ class RandomCrops(Dataset):
         sample = self.samples[index]
         photo, label = random_crop(read_photo(sample.photo), read_label(sample.label), self.crop, rng, self.scales)
         return to_tensor(photo), to_tensor(label), torch.tensor(draw_colour(rng) if self.colour else NO_CHANGE)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For a loader's process: heed Ctrl-C and SIGTERM from nobody but its parent.
+
+    Terminals and schedulers send them to every process of a run, and the parent needs its loaders to end in order.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def heed_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=heed_parent, daemon=True).start()
 
 
 class EndlessSampler(Sampler):

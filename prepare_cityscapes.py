@@ -11,6 +11,7 @@ import argparse
 import os
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,11 +33,20 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+MOST_SHRUNK = 200  # times that a zip makes anything here smaller: photos by 1, polygons by about 10
+
+
+def is_unpacked(entry: zipfile.ZipInfo, root: Path) -> bool:
+    target = root / entry.filename
+    return target.exists() and target.stat().st_size == entry.file_size
+
+
 def unpack(archive_path: Path, root: Path) -> None:
     """Extract what is not there yet, each file whole or not at all.
 
     Raises:
-        InputError: it is no zip, is damaged, or an entry would land outside the root (nothing is written then).
+        InputError: it is no zip, is damaged, or (and nothing is written then) an entry would land outside the root,
+            or it would unpack to more than the disk has room for or than honest files shrink to.
     """
     try:
         with zipfile.ZipFile(archive_path) as archive:
@@ -44,14 +54,22 @@ def unpack(archive_path: Path, root: Path) -> None:
             for entry in entries:
                 if not (root / entry.filename).resolve().is_relative_to(root.resolve()):
                     raise InputError(f"{archive_path}: entry {entry.filename!r} would land outside {root}")
-            for entry in tqdm(entries, desc=archive_path.name, disable=None):
+            root.mkdir(parents=True, exist_ok=True)
+            unpacked, packed = sum(entry.file_size for entry in entries), archive_path.stat().st_size
+            if unpacked > MOST_SHRUNK * packed + 2**20:
+                raise InputError(f"{archive_path}: {unpacked:,} bytes in a file of {packed:,}: this is a zip bomb")
+            missing = [entry for entry in entries if not is_unpacked(entry, root)]
+            needed, free = sum(entry.file_size for entry in missing), shutil.disk_usage(root).free
+            if needed > free:
+                raise InputError(f"{archive_path}: needs {needed:,} bytes in {root}, where {free:,} are free")
+            for entry in tqdm(missing, desc=archive_path.name, disable=None):
                 target = root / entry.filename
-                if target.exists() and target.stat().st_size == entry.file_size:
-                    continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with write_whole(target) as part, archive.open(entry) as source, open(part, "wb") as file:
                     shutil.copyfileobj(source, file)
-    except zipfile.BadZipFile as error:
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:  # RuntimeError: a password
         raise InputError(f"{archive_path}: not a zip, or a damaged one ({error})") from None
 
 
@@ -89,6 +107,8 @@ def main() -> None:
             f"{args.root}: no folder leftImg8bit and no *.zip: expected Cityscapes' leftImg8bit_trainvaltest.zip and "
             f"gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com, or use --synthetic"
         )
+    for part in args.root.rglob("*.part[0-9]*"):  # of a run that was killed while it wrote
+        part.unlink()
     write_missing_train_ids(args.root, args.workers)
     print_summary(args.root)
 

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ocrnet.checkpoint import RunFolder, load_checkpoint
+from ocrnet.checkpoint import RunFolder, load_checkpoint, restore_model
 from ocrnet.data.cityscapes import (
     CLASS_NAMES,
     CLASS_WEIGHTS,
@@ -169,6 +169,7 @@ def main() -> None:
     # ---- model, optimizer, and where a stopped run stood ----
     torch.manual_seed(args.seed)
     model = build_model(args.model, num_classes, args.align_corners, args.dropout)
+    model = model.to(memory_format=torch.channels_last)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"OCRNet {args.model}: {parameters:,} parameters, on {accelerator}, " + ("mixed precision" if amp else "fp32"))
     say(f"{args.data}: {len(train_samples)} training and {len(val_samples)} validation pictures")
@@ -192,14 +193,13 @@ def main() -> None:
     if state:
         for change in check_resumable(state, args, run, last):
             say(f"NOTE: {change}")
-        model = build_model(**state["config"])
-        model.load_state_dict(state["model"])
+        model = restore_model(state, last)
         say(f"resuming {last} after iteration {state['iter']}")
     elif args.weights:
         say(f"{args.weights}: {load_weights(model, args.weights)}")
     elif not args.demo:
         say("WARNING: training from RANDOM weights. The published scores start from an ImageNet HRNet: --weights FILE.")
-    model = accelerator.sync_bn(model).to(device, memory_format=torch.channels_last)
+    model = accelerator.sync_bn(model).to(device)
     ddp_model = accelerator.wrap(torch.compile(model) if args.compile else model)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = accelerator.grad_scaler(amp)

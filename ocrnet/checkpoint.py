@@ -72,17 +72,30 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
+def restore_model(state: dict, path: Path) -> OCRNet:
+    """The model that a checkpoint describes, with its weights. ``path`` is for the message.
+
+    Raises:
+        InputError: its tensors are not those of the model that its 'config' builds.
+    """
+    try:
+        model = build_model(**state["config"])
+        model.load_state_dict(state["model"], assign=True)  # with their layout in memory, on which the last bit hangs
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: its tensors and its 'config' are not of one model ({reason})") from None
+    return model
+
+
 def load_model(path: Path) -> OCRNet:
-    """The model that a checkpoint describes, with its weights, ready to predict.
+    """The model of a file, with its weights, ready to predict.
 
     Takes this project's checkpoints, and whole OCRNets of mmsegmentation and of the authors.
     """
     state = read_file(path)
-    if is_checkpoint(state):
-        model = build_model(**state["config"])
-        model.load_state_dict(state["model"])
-    else:
-        model = build_for(path)
+    model = restore_model(state, path) if is_checkpoint(state) else build_for(path)
     return model.eval()
 
 

@@ -102,8 +102,7 @@ class Accelerator:
         if not dist.is_initialized():
             return model
         device_ids = None if self.device.type == "cpu" else [self.device.index]
-        # buffers need no broadcasting: they are BatchNorm's statistics, which sync_bn makes equal
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 
     def sync_bn(self, model: nn.Module) -> nn.Module:
         """The model with BatchNorm over all processes' images: PyTorch's own where the device has it."""

@@ -124,7 +124,10 @@ def train_ids_from_polygons(path: Path) -> Image.Image:
     """
     try:
         annotation = json.loads(Path(path).read_text())
-        image = Image.new("L", (annotation["imgWidth"], annotation["imgHeight"]), IGNORE)
+        size = annotation["imgWidth"], annotation["imgHeight"]
+        if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+            raise InputError(f"{path}: {size[0]}x{size[1]}: expected at most {Image.MAX_IMAGE_PIXELS:,} pixels")
+        image = Image.new("L", size, IGNORE)
         draw = ImageDraw.Draw(image)
         for item in annotation["objects"]:
             name = item["label"]
@@ -138,7 +141,9 @@ def train_ids_from_polygons(path: Path) -> Image.Image:
                 draw.polygon([(x, y) for x, y in item["polygon"]], fill=LABEL_BY_NAME[name].train_id)
     except InputError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # not JSON, or JSON of another shape
+    except OSError:
+        raise
+    except Exception as error:  # not JSON, or JSON of any other shape
         raise InputError(f"{path}: not a Cityscapes polygon file ({error!r})") from error
     return image
 
@@ -215,10 +220,12 @@ def read_image(path: Path) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, SyntaxError):  # PIL raises SyntaxError for a broken PNG chunk
+    except UnidentifiedImageError:
         raise InputError(f"{path}: not a picture, or a broken one") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # bytes of any other origin fail in any way; PIL also refuses gigantic pictures
+        raise InputError(f"{path}: not a picture, or a broken one ({error})") from None
     return image
 
 
@@ -249,11 +256,13 @@ def find_photos(root: Path, split: str) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-    root = Path(root)
-    photos = sorted(root.glob(f"leftImg8bit/{split}/*/*_leftImg8bit.png"))
+    folder = Path(root) / "leftImg8bit" / split
+    cities = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    # not by glob, which passes over folders that may not be read
+    photos = sorted(path for city in cities for path in city.iterdir() if path.name.endswith("_leftImg8bit.png"))
     if not photos:
         raise InputError(
-            f"{root / 'leftImg8bit' / split}: no photos: expected CITY/*_leftImg8bit.png; unpack Cityscapes there "
+            f"{folder}: no photos: expected CITY/*_leftImg8bit.png; unpack Cityscapes there "
             f"(python prepare_cityscapes.py --help) or try the generated data (python train.py --demo)"
         )
     return photos
@@ -286,7 +295,7 @@ def class_counts(sample: Sample, num_classes: int = len(CLASSES)) -> list[int]:
     try:
         with Image.open(sample.photo) as photo:  # reads the header alone
             size = photo.size
-    except (OSError, SyntaxError):
+    except Exception:
         raise InputError(f"{sample.photo}: not a picture, or a broken one") from None
     if size != label.size:
         raise InputError(f"{sample.label}: is {label.width}x{label.height}, its photo is {size[0]}x{size[1]}")

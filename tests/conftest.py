@@ -1,6 +1,7 @@
 """What several tests share: a small generated data set, and running the real scripts."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -35,33 +36,75 @@ def data(tmp_path_factory) -> Path:
 def script():
     """script("train.py", "--iters", 2, processes=2, ok=False) -> the finished process, its output as text.
 
-    With wait=False it is left running: see ``kill``.
+    With wait=False it is left running: see ``kill``. ``launcher`` holds further flags of torchrun, which starts it if
+    there are any; ``options`` are those of subprocess.
     """
 
-    def call(name, *args, processes=1, ok=True, wait=True):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / name), *map(str, args)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else "2"}
+    def call(name, *args, processes=1, launcher=(), ok=True, wait=True, **options):
+        command = [sys.executable]
+        if processes > 1 or launcher:
+            standalone = [] if any("rdzv" in flag for flag in launcher) else ["--standalone"]
+            command += ["-m", "torch.distributed.run", *standalone, f"--nproc_per_node={processes}", *launcher]
+        command += [str(ROOT / name), *map(str, args)]
+        options["env"] = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 or launcher else "2"}
         if not wait:
-            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+            return subprocess.Popen(command, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
         assert (done.returncode == 0) == ok, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     return call
 
 
+def processes_of(root: int) -> list[tuple[int, int, str]]:
+    """A process and all that descend from it, torchrun's workers too, which are in sessions of their own.
+
+    -> (id, parent's id, command) of each.
+    """
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = {
+        int(pid): (int(parent), command) for pid, parent, command in (x.split(None, 2) for x in listing.splitlines())
+    }
+    family = [root]
+    for pid in family:  # grows while it is walked
+        family += [child for child, (parent, _) in rows.items() if parent == pid]
+    return [(pid, *rows[pid]) for pid in family if pid in rows]
+
+
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for a process and all that it started, torchrun's workers too, which are in sessions of their own."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = dict(map(int, line.split()) for line in listing.splitlines())
-    doomed = [process.pid]
-    for pid in doomed:  # grows while it is walked
-        doomed += [child for child, parent in parents.items() if parent == pid]
-    for pid in doomed:
+    """SIGKILL for a process and all that descend from it."""
+    for pid, _, _ in processes_of(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+# ---- runs of train.py ----
+
+RUN = ["--model", "hr18s", "--crop", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu"]
+
+
+def entries(log: Path) -> list[dict]:
+    """The lines of a log.jsonl."""
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def same_run(first: Path, second: Path) -> None:
+    """Two runs' folders hold the same weights, momentum, best score and, but for the speed, the same log."""
+
+    def without_speed(folder):
+        return [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in entries(folder / "log.jsonl")]
+
+    assert without_speed(first) == without_speed(second)
+    for name in ("last.pt", "best.pt"):
+        one, two = (torch.load(folder / name, weights_only=True) for folder in (first, second))
+        assert all(torch.equal(x, two["model"][key]) for key, x in one["model"].items())
+        buffers = [[x["momentum_buffer"] for x in state["optimizer"]["state"].values()] for state in (one, two)]
+        assert all(torch.equal(x, y) for x, y in zip(*buffers, strict=True))
+        assert (one["iter"], one["best"], one["validated"]) == (two["iter"], two["best"], two["validated"])
+
+
+# ---- other people's names ----
 
 
 def as_theirs(model, table, prefix=""):

@@ -2,7 +2,10 @@
 
 import colorsys
 import json
+import os
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,7 +80,19 @@ def test_polygons_are_drawn_in_order_with_groups_and_without_deleted_ones_and_pl
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"imgHeight": 3}', '{"imgHeight":3,"imgWidth":3,"objects":[{"label":1}]}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "\x89PNG",
+        '{"imgHeight": 3}',
+        '{"imgHeight":3,"imgWidth":3,"objects":[{"label":1}]}',
+        '{"imgHeight":3,"imgWidth":3,"objects":[{"label":"sky","polygon":[[0,0]]}]}',
+        '{"imgHeight":-3,"imgWidth":3,"objects":[]}',
+        '{"imgHeight":1000000,"imgWidth":1000000,"objects":[]}',  # a terabyte of train ids
+        "[" * 100_000,
+    ],
 )
 def test_a_broken_polygon_file_is_named(tmp_path, text):
     path = tmp_path / "x_polygons.json"
@@ -151,6 +166,41 @@ def test_a_truncated_picture_is_named(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(InputError, match="x.png"):
         read_photo(path)
+
+
+@pytest.mark.parametrize("damage", ["header", "middle", "text", "bomb"])
+def test_a_damaged_picture_is_named(tmp_path, damage, monkeypatch):
+    path = save(tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3)))
+    whole = path.read_bytes()
+    if damage == "header":
+        path.write_bytes(whole[:16] + b"\0" * 17 + whole[33:])
+    elif damage == "middle":
+        path.write_bytes(whole[:60] + bytes(255 - b for b in whole[60:400]) + whole[400:])
+    elif damage == "text":
+        path.write_text("not a picture")
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match="x.png"):
+        read_photo(path)
+
+
+def test_a_folder_that_may_not_be_read_is_named():
+    is_root = os.geteuid() == 0  # who may read everything: be nobody for a moment, in a folder that nobody may enter
+    with tempfile.TemporaryDirectory(dir="/tmp" if is_root else None) as root:
+        root = Path(root)
+        tree(root)
+        root.chmod(0o755)
+        city = root / "leftImg8bit/train/a"
+        city.chmod(0)
+        try:
+            if is_root:
+                os.seteuid(65534)
+            with pytest.raises(PermissionError, match="leftImg8bit/train/a"):
+                find_samples(root, "train")
+        finally:
+            if is_root:
+                os.seteuid(0)
+            city.chmod(0o755)
 
 
 def test_photos_of_any_mode_become_rgb(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import zipfile
 
 import numpy as np
@@ -47,6 +48,30 @@ def test_prepare_refuses_a_zip_that_leaves_the_root(script, tmp_path, entry):
     done = script("prepare_cityscapes.py", "--root", tmp_path / "root", "--zips", tmp_path, ok=False)
     assert done.stderr.startswith("error: ") and "would land outside" in done.stderr
     assert not list(tmp_path.rglob("outside.png")) and not list(tmp_path.rglob("fine.txt"))
+
+
+def test_prepare_refuses_what_cannot_be_unpacked(script, tmp_path):
+    def refused(message):
+        done = script("prepare_cityscapes.py", "--root", tmp_path / "root", "--zips", tmp_path, ok=False)
+        assert done.stderr.startswith(f"error: {tmp_path / 'bad.zip'}: ") and done.stderr.count("\n") == 1
+        assert message in done.stderr and not [path for path in tmp_path.rglob("root/*") if path.is_file()]
+
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("leftImg8bit/bomb.png", b"\0" * 10**8)
+    refused("this is a zip bomb")
+    (tmp_path / "bad.zip").write_bytes((tmp_path / "bad.zip").read_bytes()[:-30])
+    refused("not a zip, or a damaged one")
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("leftImg8bit/x.png", b"0123456789" * 100)
+    content = (tmp_path / "bad.zip").read_bytes()
+    (tmp_path / "bad.zip").write_bytes(content.replace(b"0123456789", b"0123456780"))
+    refused("Bad CRC-32")
+    (tmp_path / "bad.zip").write_bytes(
+        content.replace(b"PK\x03\x04\x14\0\0", b"PK\x03\x04\x14\0\x01").replace(
+            b"PK\x01\x02\x14\x03\x14\0\0", b"PK\x01\x02\x14\x03\x14\0\x01"
+        )
+    )
+    refused("password")
 
 
 def test_prepare_says_what_it_expects_where_there_is_nothing(script, tmp_path):
@@ -158,6 +183,28 @@ def test_a_bad_picture_met_in_training_ends_the_run_with_its_name(script, data, 
     flags = ["--iters", 3, "--data", tmp_path / "data", "--out", tmp_path / "run"]
     done = script("train.py", *RUN, *flags, ok=False)
     assert victim.name in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_bad_data_met_by_one_rank_ends_all_within_seconds(script, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for victim in sorted((tmp_path / "data/leftImg8bit/train").rglob("*.png"))[::2]:
+        victim.write_bytes(victim.read_bytes()[:3000])
+    flags = ["--iters", 9, "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    start = time.monotonic()
+    done = script("train.py", *RUN, "--batch-size", 1, *flags, processes=2, ok=False)
+    assert time.monotonic() - start < 60  # of which most is starting
+    assert "cannot be read (image file is truncated)" in done.stderr
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+@pytest.mark.parametrize("flag", ["--weights", "--resume"])
+def test_training_does_not_start_from_a_file_that_is_no_checkpoint(script, data, tmp_path, flag):
+    (tmp_path / "last.pt").write_text("not a checkpoint")
+    given = [flag, tmp_path / "last.pt"] if flag == "--weights" else [flag]
+    out = tmp_path if flag == "--resume" else tmp_path / "run"
+    done = script("train.py", *RUN, "--iters", 3, "--data", data, "--out", out, *given, ok=False)
+    assert done.stderr.startswith(f"error: {tmp_path / 'last.pt'}: not a checkpoint") and done.stderr.count("\n") == 1
+    assert (tmp_path / "last.pt").read_text() == "not a checkpoint"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(script, data, tmp_path):

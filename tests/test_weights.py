@@ -151,6 +151,14 @@ def test_a_checkpoint_gives_back_the_model_it_describes(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), again.state_dict().values()))
 
 
+def test_a_checkpoint_whose_tensors_are_of_another_model_is_refused(tmp_path):
+    model = build_model("hr18s")
+    for config in (model.config | {"num_classes": 4}, {"name": "hr18s", "depth": 9}, {"name": "no such"}, []):
+        save_checkpoint(tmp_path / "x.pt", {"model": model.state_dict(), "config": config})
+        with pytest.raises(InputError, match="x.pt|no such"):
+            load_model(tmp_path / "x.pt")
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "x.pt", {"model": {}, "config": {}, "iter": 1})
     with pytest.raises(TypeError):

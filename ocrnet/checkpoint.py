@@ -52,6 +52,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a write that failed
         kept = "the one before is whole" if path.exists() else "there was none before"
+        while isinstance(error, RuntimeError) and error.__context__:
+            error = error.__context__  # what it said it of
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: this checkpoint could not be written, {kept} ({reason})") from error
 

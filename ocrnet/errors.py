@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+# What Gloo says when it loses a process, which has no exception of its own.
+GLOO = ("gloo/", "Application timeout caused pair closure", "Connection closed by peer", "Connection reset by peer")
+
 
 class InputError(ValueError):
     """Bad input. Its message is one sentence: which file or flag, what was expected, what was found.
@@ -24,7 +27,7 @@ def run(main: Callable[[], None]) -> None:
         # one that crossed from a loader's worker carries that worker's traceback before it
         sys.exit("error: " + str(error).strip().splitlines()[-1].split("InputError: ")[-1])
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo/" in str(error)):  # Gloo's errors have no class of their own
+        if not isinstance(error, dist.DistError) and not any(words in str(error) for words in GLOO):
             raise
         reason = str(error).strip().splitlines()[0]
         sys.exit(f"error: another process of this run has ended, or did not answer within --timeout ({reason})")

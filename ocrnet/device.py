@@ -6,6 +6,7 @@ process-group backend is "tccl". Nothing outside this file asks which device it 
 
 import importlib.util
 import os
+import time
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -142,7 +143,11 @@ class Accelerator:
         return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
 
     def close(self) -> None:
+        """Leave the process group."""
         if dist.is_initialized():
+            # Gloo's thread needs the interpreter to let go of the last tensor it summed. Destroying the group holds the
+            # interpreter and waits for that thread: without this pause a deadlock, now and then, in torch 2.4.
+            time.sleep(0.2)
             dist.destroy_process_group()
 
     def __str__(self) -> str:

@@ -1,5 +1,7 @@
 """N processes of batch b are one process of batch N * b."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ def _one(rank, work, folder, count, args):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{count}", rank=rank, world_size=count)
     torch.save(work(rank, *args), folder / f"{rank}.pt")
+    time.sleep(0.2)  # see Accelerator.close
     dist.destroy_process_group()
 
 

@@ -1,0 +1,433 @@
+"""How fast: a training step, the loader and evaluation, on this machine.
+
+    python tests/bench.py                                             hr18, one 512x1024 crop, fp32 and bf16
+    python tests/bench.py --model hr18s --crop 256 512 --batch-size 1 2 4 --dtype fp32
+    python tests/bench.py --only loader
+
+Where mmsegmentation 1.2.2 is installed as well (pip install mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0
+ftfy regex), its step, its pipeline and its prediction are timed beside ours: each in a process of its own, in turns, so
+that whatever else the machine does falls on both. Every figure is the median of --repeat turns.
+
+A step is everything from the uint8 batch on: colour change (which is in the peer's loader) and normalising, forward,
+loss, backward, optimizer. GFLOP are ours, of convolutions and matrix products, two a multiply-add, both ways;
+"of best" is the share of what this machine reaches in a single 3x3 convolution of 256 channels, the better of two
+layouts. Memory is the process's peak less what it held before the model was built.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ocrnet.data.cityscapes import RandomCrops, Sample, find_samples  # noqa: E402
+from ocrnet.data.synthetic import street  # noqa: E402
+from ocrnet.data.transforms import draw_colour, to_input  # noqa: E402
+from ocrnet.device import Accelerator  # noqa: E402
+from ocrnet.inference import predict  # noqa: E402
+from ocrnet.losses import ocr_loss  # noqa: E402
+from ocrnet.metrics import ConfusionMatrix  # noqa: E402
+from ocrnet.models import build_model  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HAS_PEER = importlib.util.find_spec("mmseg") is not None
+
+
+# ---- what is timed: classes with the same methods, each run in a process of its own ---------------------------------
+
+
+def reset_peak() -> float:
+    """Begin to measure the memory's peak: -> MiB that this process holds now."""
+    if not os.path.exists("/proc/self/clear_refs"):
+        return peak()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def peak() -> float:
+    """MiB that this process held at most: since ``reset_peak`` on Linux, elsewhere since its start."""
+    if os.path.exists("/proc/self/status"):
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Clock:
+    """Seconds between its ticks, once the device has finished."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.ticks = []
+        self.tick()
+
+    def tick(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ticks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self.ticks, self.ticks[1:])]
+
+
+class Ours:
+    def __init__(self, case: dict):
+        self.case = case
+        self.accelerator = Accelerator(case["device"])
+        self.device, self.dtype = self.accelerator.device, DTYPES[case["dtype"]]
+        self.layout = torch.channels_last if case["layout"] == "channels_last" else torch.contiguous_format
+
+    def build(self) -> None:
+        torch.manual_seed(0)
+        self.model = build_model(self.case["model"]).to(self.device, memory_format=self.layout)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        B, (H, W) = self.case["batch"], self.case["crop"]
+        self.photo = torch.randint(0, 256, (B, 3, H, W), dtype=torch.uint8, device=self.device)
+        self.label = torch.randint(0, 19, (B, H, W), device=self.device)
+        rng = random.Random(0)
+        self.colour = torch.tensor([draw_colour(rng) for _ in range(B)], device=self.device)
+        self.compiled = torch.compile(self.model) if self.case["compile"] else self.model
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def loss(self) -> torch.Tensor:
+        image = to_input(self.photo, self.colour).contiguous(memory_format=self.layout)
+        with self.autocast():
+            logits, region_logits = self.compiled(image)
+        return ocr_loss(logits, region_logits, self.label)[0]
+
+    def step(self) -> list[float]:
+        clock = Clock(self.device)
+        loss = self.loss()
+        clock.tick()
+        loss.backward()
+        clock.tick()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clock.tick()
+        return clock.seconds()
+
+    def evaluate(self) -> list[float]:
+        self.model.eval()
+        clock = Clock(self.device)
+        H, W = self.case["crop"]
+        label = torch.randint(0, 19, (1, H, W), device=self.device)
+        confusion = ConfusionMatrix(19, self.device)
+        prediction = predict(self.model, self.photo[:1].cpu(), self.accelerator, self.dtype != torch.float32)
+        confusion.update(label, prediction.argmax(1))
+        clock.tick()
+        return clock.seconds()
+
+    def prepare_loader(self) -> None:
+        samples = find_samples(Path(self.case["data"]), "train")
+        self.crops = RandomCrops([Sample(*sample) for sample in samples], self.case["crop"], seed=0)
+        self.index = 0
+
+    def load(self) -> list[float]:
+        clock = Clock(torch.device("cpu"))
+        self.crops[0, self.index % len(self.crops)]
+        self.index += 1
+        clock.tick()
+        return clock.seconds()
+
+
+class Peer(Ours):
+    """mmsegmentation's OCRNet of the same name: its loss, pipeline and prediction, as its runner calls them."""
+
+    def __init__(self, case: dict):
+        super().__init__(case)
+        import types
+        import warnings
+
+        warnings.filterwarnings("ignore")
+
+        class Stub(types.ModuleType):  # mmcv-lite has no compiled operators; OCRNet uses none
+            def __getattr__(self, name):
+                if name.startswith("__"):
+                    raise AttributeError(name)
+                return type(name, (nn.Module,), {})
+
+        if importlib.util.find_spec("mmcv._ext") is None:
+            sys.modules["mmcv.ops"] = Stub("mmcv.ops")
+        import mmseg
+        import mmseg.datasets
+        import mmseg.models
+        from mmengine.config import Config
+        from mmengine.registry import init_default_scope
+
+        init_default_scope("mmseg")
+        variant = {"r101": "r101-d8"}.get(case["model"], case["model"])
+        configs = Path(mmseg.__file__).parent / ".mim/configs/ocrnet"
+        self.config = Config.fromfile(str(configs / f"ocrnet_{variant}_4xb2-40k_cityscapes-512x1024.py"))
+
+    def build(self) -> None:
+        from mmengine.structures import PixelData
+        from mmseg.registry import MODELS
+        from mmseg.structures import SegDataSample
+
+        super().build()
+
+        def plain_batch_norm(node):
+            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+                if key == "norm_cfg" and value:
+                    value["type"] = "BN"
+                elif isinstance(value, (dict, list)):
+                    plain_batch_norm(value)
+
+        self.config.model.pretrained = None
+        self.config.model.data_preprocessor.size = tuple(self.case["crop"])
+        plain_batch_norm(self.config.model)
+        self.model = MODELS.build(self.config.model).to(self.device).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        shape = tuple(self.case["crop"])
+        meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape)
+        self.samples = [SegDataSample(gt_sem_seg=PixelData(data=y[None]), metainfo=meta) for y in self.label]
+
+    def loss(self) -> torch.Tensor:
+        data = self.model.data_preprocessor(dict(inputs=list(self.photo), data_samples=self.samples), True)
+        with self.autocast():
+            losses = self.model(**data, mode="loss")
+        return self.model.parse_losses(losses)[0]
+
+    @torch.no_grad()
+    def evaluate(self) -> list[float]:
+        from mmseg.evaluation import IoUMetric
+
+        self.model.eval()
+        clock = Clock(self.device)
+        label = torch.randint(0, 19, tuple(self.case["crop"]), device=self.device)
+        data = self.model.data_preprocessor(dict(inputs=[self.photo[0]], data_samples=self.samples[:1]), False)
+        with self.autocast():
+            prediction = self.model(**data, mode="predict")[0].pred_sem_seg.data[0]
+        IoUMetric.intersect_and_union(prediction, label, 19, 255)
+        clock.tick()
+        return clock.seconds()
+
+    def prepare_loader(self) -> None:
+        import cv2
+        from mmcv.transforms import Compose
+
+        cv2.setNumThreads(0)  # as its runner sets it
+        self.crops = find_samples(Path(self.case["data"]), "train")
+        self.pipeline = Compose([step for step in self.config.train_pipeline if step.type != "PackSegInputs"])
+        self.index = 0
+
+    def load(self) -> list[float]:
+        sample = self.crops[self.index % len(self.crops)]
+        self.index += 1
+        clock = Clock(torch.device("cpu"))
+        self.pipeline(
+            dict(
+                img_path=str(sample.photo),
+                seg_map_path=str(sample.label),
+                seg_fields=[],
+                label_map=None,
+                reduce_zero_label=False,
+            )
+        )
+        clock.tick()
+        return clock.seconds()
+
+
+def serve(who: str, case: dict) -> None:
+    """A timed process: reads names of methods from its input, answers each with a JSON line."""
+    torch.set_num_threads(case["threads"])
+    timed = {"ours": Ours, "peer": Peer}[who](case)
+    answers, sys.stdout = sys.stdout, sys.stderr
+    before = reset_peak()
+    for line in sys.stdin:
+        method = line.strip()
+        result = peak() - before if method == "memory" else getattr(timed, method)()
+        print(json.dumps(result), file=answers, flush=True)
+
+
+class Process:
+    """One timed process, seen from the one that takes the turns."""
+
+    def __init__(self, who: str, case: dict):
+        command = [sys.executable, __file__, "--serve", who, json.dumps(case)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(case["threads"])}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, method: str):
+        self.process.stdin.write(method + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"a timed process ended at {method!r}:\n{self.process.stderr.read()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(case: dict, who: list[str], prepare: str, method: str, repeat: int, warm: int = 1) -> dict:
+    """Each process in turn, ``repeat`` times after ``warm``: -> of each the medians of its parts, and its memory."""
+    processes = {name: Process(name, case) for name in who}
+    seconds = {name: [] for name in who}
+    for process in processes.values():
+        process(prepare)
+    for turn in range(warm + repeat):
+        for name, process in processes.items():
+            parts = process(method)
+            if turn >= warm:
+                seconds[name].append(parts)
+    memory = {name: process("memory") for name, process in processes.items()}
+    for process in processes.values():
+        process.close()
+    return {name: ([statistics.median(part) for part in zip(*seconds[name])], memory[name]) for name in who}
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def best_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """GFLOP/s of a 3x3 convolution of 256 channels, forward, the better of two layouts."""
+    rates = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(1, 256, 128, 256, device=device, dtype=dtype).contiguous(memory_format=layout)
+        conv = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(device, dtype, memory_format=layout)
+        with torch.no_grad():
+            conv(x)
+            for _ in range(5):
+                clock = Clock(device)
+                conv(x)
+                clock.tick()
+                rates.append(2 * 256 * 256 * 9 * 128 * 256 / clock.seconds()[0] / 1e9)
+    return max(rates)
+
+
+def gflop(case: dict) -> float:
+    """Of a step's convolutions and matrix products: forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        sum(x.sum() for x in build_model(case["model"])(torch.randn(1, 3, 128, 256))).backward()
+    area = case["batch"] * case["crop"][0] * case["crop"][1]  # to which all but the 19 regions is proportional
+    return counter.get_total_flops() / 1e9 * area / (128 * 256)
+
+
+def write_photos(root: Path, count: int = 4) -> None:
+    """Streets of 2048x1024 with a camera's noise, whose PNGs are about as large as Cityscapes' (2.3 MB)."""
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        photo, annotation = street(rng, (1024, 2048))
+        noisy = np.asarray(photo).astype(float) + rng.normal(0, 2.0, (1024, 2048, 1))
+        name = f"bench_{i:06d}_000000_"
+        for folder in ("leftImg8bit", "gtFine"):
+            (root / folder / "train/bench").mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        picture.save(root / f"leftImg8bit/train/bench/{name}leftImg8bit.png")
+        (root / f"gtFine/train/bench/{name}gtFine_polygons.json").write_text(json.dumps(annotation))
+    from ocrnet.data.cityscapes import write_missing_train_ids
+
+    write_missing_train_ids(root)
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+
+def ratio(theirs: float, ours: float) -> str:
+    return f"{theirs / ours:.2f}x"
+
+
+def bench_step(args: argparse.Namespace, who: list[str]) -> None:
+    print("\ntraining step: seconds as forward + backward + optimizer")
+    for dtype in args.dtype:
+        best = best_rate(DTYPES[dtype], torch.device(args.device))
+        print(f"best convolution in {dtype}: {best:,.0f} GFLOP/s")
+        for batch in args.batch_size:
+            case = case_of(args, dtype, batch)
+            work = gflop(case)
+            results = take_turns(case, who, "build", "step", args.repeat)
+            head = f"{args.model} {batch} x {args.crop[0]}x{args.crop[1]} {dtype} {args.layout}"
+            for name, (parts, memory) in results.items():
+                total = sum(parts)
+                print(
+                    f"{head}  {name}: {total:6.2f} s ({' + '.join(f'{part:.2f}' for part in parts)})"
+                    f"  {batch / total:6.2f} images/s  {work / total:6.0f} GFLOP/s  {work / total / best:4.0%} of best"
+                    f"  {memory:6.0f} MiB"
+                )
+            if len(who) == 2:
+                (ours, our_memory), (theirs, their_memory) = results["ours"], results["peer"]
+                print(
+                    f"{head}  ratio: {ratio(sum(theirs), sum(ours))} as fast, "
+                    f"{our_memory / their_memory:.2f} of the memory"
+                )
+
+
+def bench_loader(args: argparse.Namespace, who: list[str]) -> None:
+    print("\nloader: a random 512x1024 crop of a 2048x1024 PNG, one thread")
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(Path(folder))
+        size = np.mean([path.stat().st_size for path in Path(folder).rglob("*_leftImg8bit.png")]) / 1e6
+        print(f"PNGs of {size:.1f} MB")
+        case = case_of(args, "fp32", 1) | {"data": folder, "crop": [512, 1024], "threads": 1}
+        results = take_turns(case, who, "prepare_loader", "load", 10 * args.repeat, warm=4)
+        for name, ((seconds,), _) in results.items():
+            print(f"{name}: {1000 * seconds:6.1f} ms, {1 / seconds:5.1f} images/s a core")
+        if len(who) == 2:
+            print(f"ratio: {ratio(results['peer'][0][0], results['ours'][0][0])} as fast")
+
+
+def bench_evaluation(args: argparse.Namespace, who: list[str]) -> None:
+    print("\nevaluation: whole 1024x2048 images, with argmax and confusion matrix")
+    for dtype in args.dtype:
+        case = case_of(args, dtype, 1) | {"crop": [1024, 2048]}
+        results = take_turns(case, who, "build", "evaluate", args.repeat)
+        for name, ((seconds,), memory) in results.items():
+            print(f"{args.model} {dtype}  {name}: {seconds:6.2f} s, {1 / seconds:5.2f} images/s, {memory:6.0f} MiB")
+        if len(who) == 2:
+            print(f"{args.model} {dtype}  ratio: {ratio(results['peer'][0][0], results['ours'][0][0])} as fast")
+
+
+def case_of(args: argparse.Namespace, dtype: str, batch: int) -> dict:
+    names = ("model", "crop", "device", "layout", "compile", "threads")
+    return {name: getattr(args, name) for name in names} | {"dtype": dtype, "batch": batch}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--serve"]:
+        return serve(sys.argv[2], json.loads(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    show = dict(help="(default: %(default)s)")
+    parser.add_argument("--model", default="hr18", **show)
+    parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), **show)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1], **show)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], **show)
+    parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last", **show)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", **show)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), **show)
+    parser.add_argument("--repeat", type=int, default=3, **show)
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), **show)
+    parser.add_argument("--no-peer", action="store_true", help="leave mmsegmentation out, also where it is installed")
+    args = parser.parse_args()
+    who = ["ours", "peer"] if HAS_PEER and not args.no_peer else ["ours"]
+    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads; {' and '.join(who)} in turns")
+    for name in args.only:
+        TASKS[name](args, who)
+
+
+TASKS = {"step": bench_step, "loader": bench_loader, "evaluation": bench_evaluation}
+
+if __name__ == "__main__":
+    main()

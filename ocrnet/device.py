@@ -7,12 +7,14 @@ process-group backend is "tccl". Nothing outside this file asks which device it 
 import importlib.util
 import os
 import time
+import uuid
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import InputError
 from .sync_bn import convert_sync_bn
@@ -42,6 +44,29 @@ def is_present(name: str) -> bool:
     if plugin and importlib.util.find_spec(plugin):
         importlib.import_module(plugin)
     return hasattr(torch, name) and getattr(torch, name).is_available()
+
+
+def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of the store that belongs to the processes running now, whatever earlier ones left in the store.
+
+    Since torch 2.5 torchrun keeps one store for all its restarts. A process started again finds there the address of
+    one that is dead, now and then before the new address, and waits for it in vain. So every process writes down a name
+    of its own, reads everybody's, and joins that list of names. A list that all have joined holds nobody dead: whoever
+    joins it has just found its own new name there.
+
+    Raises:
+        dist.DistError: not all came within the store's timeout.
+    """
+    end = time.monotonic() + store.timeout.total_seconds()
+    store.set(f"process {rank}", uuid.uuid4().hex)
+    joined = None
+    while time.monotonic() < end:
+        names = " ".join(store.get(f"process {r}").decode() for r in range(world_size))
+        if store.add(names, int(names != joined)) == world_size:
+            return dist.PrefixStore(names, store)
+        joined = names
+        time.sleep(0.02)
+    raise dist.DistError("not all processes came to the start")
 
 
 class Accelerator:
@@ -81,7 +106,11 @@ class Accelerator:
             self.device = torch.device(name, local_rank)
             self.module.set_device(local_rank)  # before the process group: tccl refuses otherwise
         if "RANK" in os.environ:  # under torchrun, be it with one process
-            dist.init_process_group(self.kind.backend, timeout=timedelta(seconds=timeout))
+            limit = timedelta(seconds=timeout)
+            store, rank, world_size = next(rendezvous("env://", timeout=limit))
+            dist.init_process_group(
+                self.kind.backend, store=meet(store, rank, world_size), rank=rank, world_size=world_size, timeout=limit
+            )
 
     @property
     def is_main(self) -> bool:

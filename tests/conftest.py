@@ -61,7 +61,9 @@ def processes_of(root: int) -> list[tuple[int, int, str]]:
 
     -> (id, parent's id, command) of each.
     """
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
     rows = {
         int(pid): (int(parent), command) for pid, parent, command in (x.split(None, 2) for x in listing.splitlines())
     }

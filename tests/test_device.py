@@ -2,10 +2,14 @@
 
 import importlib.util
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ocrnet import device
 from ocrnet.device import KINDS, Accelerator
@@ -27,6 +31,8 @@ def sdaa(monkeypatch):
     sys.modules["torch_sdaa"].__spec__ = importlib.util.spec_from_loader("torch_sdaa", None)
     monkeypatch.setattr(torch, "sdaa", module, raising=False)
     monkeypatch.setattr(device.torch, "device", lambda *args: types.SimpleNamespace(type=args[0], index=args[-1]))
+    monkeypatch.setattr(device, "rendezvous", lambda url, timeout: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(device, "meet", lambda store, rank, world_size: store)
     monkeypatch.setattr(device.dist, "init_process_group", lambda backend, **_: calls.append(("group", backend)))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -76,3 +82,24 @@ def test_one_process_needs_no_group():
     assert accelerator.gather(torch.tensor(3.0)).tolist() == [3]
     assert accelerator.any(True) > 0 and not accelerator.any(False)
     assert accelerator.broadcast({"iter": 3}) == {"iter": 3}
+
+
+def test_processes_started_again_find_nothing_that_dead_ones_left():
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        for attempt in range(3):
+            second = pool.submit(device.meet, store, 1, 2)
+            time.sleep(0.1)  # it has the name of the dead first process by now
+            stores = device.meet(store, 0, 2), second.result()
+            assert not any(found.check(["address"]) for found in stores)
+            stores[attempt % 2].set("address", "of this attempt")
+            assert all(found.get("address") == b"of this attempt" for found in stores)
+
+
+def test_a_process_that_does_not_come_ends_the_others():
+    store = dist.HashStore()
+    device.meet(store, 0, 1)
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(dist.DistError):  # the second one's name is there, the second one is not
+        store.set("process 1", "dead")
+        device.meet(store, 0, 2)

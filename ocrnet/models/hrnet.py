@@ -114,7 +114,8 @@ class HRModule(nn.Module):
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         x = [branch(x_j) for branch, x_j in zip(self.branches, x)]
-        return [F.relu(sum(self.fuse(x, i))) for i in range(len(x))]
+        fused = [self.fuse(x, i) for i in range(len(x))]
+        return [F.relu(sum(paths[1:], start=paths[0])) for paths in fused]
 
     def fuse(self, x: list[Tensor], i: int) -> list[Tensor]:
         """Every branch's contribution to branch ``i``, all (B, channels[i], h / 2^i, w / 2^i)."""

@@ -43,6 +43,9 @@ class ObjectAttention(nn.Module):
     w_ik = softmax over the *classes* of phi(x_i) . psi(f_k) / sqrt(D); y_i = rho(sum_k w_ik delta(f_k)).
     phi, psi, delta and rho are 1x1 convolutions with BatchNorm and ReLU, phi and psi two of them. The paper's relation
     has no 1/sqrt(D); its authors' code has, and so has every checkpoint.
+
+    rho's convolution is applied to the K regions instead of to the N pixels: it has no bias, so that the projection of
+    a weighted sum is the weighted sum of the projections.
     """
 
     def __init__(self, in_channels: int = 512, key_channels: int = 256):
@@ -55,15 +58,16 @@ class ObjectAttention(nn.Module):
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """x (B, C, H, W), f (B, C, K, 1) -> y (B, C, H, W)."""
+        conv, bn, relu = self.rho
         w = self.relation(x, f)  # (B, N, K)
-        v = self.delta(f).flatten(2).transpose(1, 2)  # (B, K, D)
-        y = (w @ v).transpose(1, 2)  # (B, D, N)
-        return self.rho(y.unflatten(2, x.shape[-2:]))  # (B, C, H, W)
+        v = conv(self.delta(f)).flatten(2).transpose(1, 2)  # (B, K, C)
+        y = (w @ v).unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)  # (B, N, C) -> (B, C, H, W)
+        return relu(bn(y))
 
     def relation(self, x: Tensor, f: Tensor) -> Tensor:
         """w (B, N, K): how much pixel i belongs to each of the K regions; each row sums to one."""
-        q = self.phi(x).flatten(2).transpose(1, 2) * self.scale  # (B, N, D), scaled first: fp16's range is small
-        k = self.psi(f).flatten(2)  # (B, D, K)
+        q = self.phi(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        k = self.psi(f).flatten(2) * self.scale  # (B, D, K), scaled before the product: fp16's range is small
         return (q @ k).softmax(dim=2)
 
 

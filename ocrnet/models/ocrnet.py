@@ -59,7 +59,10 @@ class OCRNet(nn.Module):
 
     def resize(self, logits: Tensor, image: Tensor) -> Tensor:
         """(B, K, h, w) -> (B, K, H, W), bilinear."""
-        return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=self.align_corners)
+        # not channels_last, which the softmax over K that follows would copy into the usual layout at the full size
+        return F.interpolate(
+            logits.contiguous(), size=image.shape[-2:], mode="bilinear", align_corners=self.align_corners
+        )
 
 
 def build_model(

@@ -265,7 +265,7 @@ def main() -> None:
     )
     batches = iter(loader)
     bar = tqdm(total=args.iters, initial=start, unit="it", disable=None if is_main else True, smoothing=0.05)
-    timed, since = start, time.perf_counter()
+    timed, since, waited = start, time.perf_counter(), 0.0
     stop, stopping = Stop(), False
     model.train()
     for iteration in range(start + 1, args.iters + 1):
@@ -276,12 +276,16 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         for part in range(args.accumulate):
-            photo, label, colour = (x.to(device, non_blocking=True) for x in next(batches))
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            photo, label, colour = (x.to(device, non_blocking=True) for x in batch)
             image = to_input(photo, colour).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
             ddp_model.require_backward_grad_sync = part == args.accumulate - 1  # DDP: processes meet once a step
             with accelerator.autocast(amp):
-                logits, region_logits = ddp_model(image)  # (B, K, H, W) each
-            loss, parts = ocr_loss(logits, region_logits, label.long(), class_weights, args.ohem)
+                outputs = ddp_model(image)  # logits and region logits, (B, K, H, W) each
+            loss, parts = ocr_loss(*outputs, label.long(), class_weights, args.ohem)
+            del outputs  # the largest maps there are; the backward pass needs them no more
             scaler.scale(loss / args.accumulate).backward()
             losses += torch.cat([loss.detach()[None], parts]) / args.accumulate
         scaler.step(optimizer)
@@ -301,17 +305,18 @@ def main() -> None:
                     f"try a lower --lr (it is {args.lr})" + (", or --no-amp" if amp else "")
                 )
         if logging:
-            speed = (iteration - timed) * global_batch / (time.perf_counter() - since)
+            seconds = time.perf_counter() - since
+            speed, waiting = (iteration - timed) * global_batch / seconds, waited / seconds
             entry = {"split": "train", "iter": iteration, "loss": mean[0], "loss_final": mean[1]}
-            log({**entry, "loss_regions": mean[2], "lr": lr, "images_per_s": speed})
-            bar.set_postfix_str(f"loss {mean[0]:.4f}, lr {lr:.2e}, {speed:.1f} images/s")
+            log({**entry, "loss_regions": mean[2], "lr": lr, "images_per_s": speed, "waiting_for_data": waiting})
+            bar.set_postfix_str(f"loss {mean[0]:.4f}, lr {lr:.2e}, {speed:.1f} images/s, {waiting:.0%} waiting")
             if bar.disable:
                 left = timedelta(seconds=round((args.iters - iteration) * global_batch / speed))
-                numbers = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.1f} images/s  {left} left"
-                say(f"iter {iteration}/{args.iters}  {numbers}")
+                numbers = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.1f} images/s  {waiting:.0%} waiting for data"
+                say(f"iter {iteration}/{args.iters}  {numbers}  {left} left")
             losses.zero_()
             logged = timed = iteration
-            since = time.perf_counter()
+            since, waited = time.perf_counter(), 0.0
         if saving:
             before = time.perf_counter()
             save("last.pt", iteration)

@@ -4,6 +4,7 @@ import colorsys
 import json
 import os
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from ocrnet.data.cityscapes import (
     check_samples,
     class_counts,
     find_samples,
+    pack_samples,
+    packed_path,
     read_photo,
     train_ids_from_label_ids,
     train_ids_from_polygons,
@@ -28,7 +31,7 @@ from ocrnet.data.cityscapes import (
     write_whole,
 )
 from ocrnet.data.synthetic import street
-from ocrnet.data.transforms import change_colour, draw_colour, random_crop, to_input
+from ocrnet.data.transforms import change_colour, cut_photo, draw_box, draw_colour, to_input
 from ocrnet.errors import InputError
 
 
@@ -220,6 +223,12 @@ def test_photos_of_any_mode_become_rgb(tmp_path):
 # ---- crops ----
 
 
+def random_crop(photo, label, crop, *args):
+    """-> (h, w, 3) and (h, w), int"""
+    box, classes = draw_box(np.asarray(label), crop, *args)
+    return cut_photo(photo, box, crop).permute(1, 2, 0).numpy().astype(int), classes.numpy().astype(int)
+
+
 def gradient(height=64, width=128):
     """A photo whose red and green say where each pixel is, and a label cut into quarters."""
     y, x = np.mgrid[:height, :width]
@@ -230,11 +239,28 @@ def gradient(height=64, width=128):
 def test_photo_and_label_are_cut_at_one_place():
     photo, label = gradient()
     for seed in range(50):
-        crop, classes = (np.asarray(x).astype(int) for x in random_crop(photo, label, (32, 64), random.Random(seed)))
+        crop, classes = random_crop(photo, label, (32, 64), random.Random(seed))
         inside = classes != 255
         expected = (crop[..., 0] >= 128) + 2 * (crop[..., 1] >= 128)
         wrong = (expected != classes) & inside & (abs(crop[..., :2] - 128) > 6).all(2)
         assert crop.shape == (32, 64, 3) and not wrong.any()
+
+
+def test_a_crop_is_the_part_resized_between_the_four_nearest_pixels():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8))
+    label = Image.fromarray(np.random.default_rng(1).integers(0, 19, (64, 128), dtype=np.uint8))
+    for seed in range(20):
+        box, classes = draw_box(np.asarray(label), (32, 64), random.Random(seed))
+        inside = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+        part = torch.tensor(np.asarray(photo)[inside]).permute(2, 0, 1)[None].double()
+        expected = torch.nn.functional.interpolate(part, size=(32, 64), mode="bilinear")[0]
+        expected = expected.flip(2) if box.mirrored else expected
+        assert abs(cut_photo(photo, box, (32, 64)) - expected).max() <= 1
+        assert torch.equal(cut_photo(photo, box, (32, 64)), cut_photo(np.asarray(photo), box, (32, 64)))
+        values = np.asarray(label)[inside]
+        rows, columns = np.arange(32) * box.height // 32, np.arange(64) * box.width // 64
+        values = values[rows[:, None], columns]
+        assert np.array_equal(classes, values[:, ::-1] if box.mirrored else values)
 
 
 def test_scale_is_uniform_and_flips_are_even():
@@ -242,7 +268,7 @@ def test_scale_is_uniform_and_flips_are_even():
     scales, flips = [], 0
     for seed in range(400):
         crop, _ = random_crop(photo, label, (32, 64), random.Random(seed))
-        red = np.asarray(crop)[0, :32, 0].astype(float)
+        red = crop[0, :32, 0]
         slope = (red[20] - red[5]) / 15
         flips += slope < 0
         scales.append(255 / 128 / abs(slope))
@@ -258,7 +284,7 @@ def test_a_place_with_too_much_of_one_class_is_drawn_again():
         plain = 0
         for seed in range(200):
             _, classes = random_crop(photo, label, (32, 32), random.Random(seed), (1, 1), max_share)
-            plain += max(classes.histogram()[:2]) > 0.75 * 32 * 32
+            plain += max(np.bincount(classes.ravel())[:2]) > 0.75 * 32 * 32
         return plain / 200
 
     # of 97 places 69 show one class alone, 11 more have over 75 % of one; eleven draws
@@ -269,11 +295,40 @@ def test_a_place_with_too_much_of_one_class_is_drawn_again():
 def test_a_small_picture_is_padded_right_and_below():
     photo, label = Image.new("RGB", (20, 10), (9, 9, 9)), Image.new("L", (20, 10), 3)
     for seed in range(6):
-        crop, classes = (np.asarray(x) for x in random_crop(photo, label, (32, 64), random.Random(seed), (1, 1)))
-        flipped = classes[0, 0] == 255
-        classes, crop = (classes[:, ::-1], crop[:, ::-1]) if flipped else (classes, crop)
+        crop, classes = random_crop(photo, label, (32, 64), random.Random(seed), (1, 1))
         assert (classes[:10, :20] == 3).all() and (classes == 255).sum() == 32 * 64 - 200
-        assert abs(to_input(torch.tensor(crop[20, 30].copy())[None, :, None, None])).max() < 0.01
+        assert (crop[:10, :20] == 9).all() and abs(
+            to_input(torch.tensor(crop[20, 30])[None, :, None, None])
+        ).max() < 0.01
+        _, classes = random_crop(photo, label, (32, 32), random.Random(seed), (2, 2))  # narrower than the picture
+        assert (classes[:20] == 3).all() and (classes[20:] == 255).all()
+
+
+def test_only_the_rows_asked_for_are_read(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    for name in ("a.png", "a.bmp"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert np.array_equal(np.asarray(read_photo(tmp_path / name, rows=25))[:25], pixels[:25])
+    assert not np.asarray(read_photo(tmp_path / "a.png", rows=25))[25:].any()
+
+
+def test_packed_pictures_give_the_same_crops_from_their_own_pixels(data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    samples = find_samples(tmp_path, "train")
+    keys = [(epoch, i) for epoch in range(3) for i in range(len(samples))]
+    crops = RandomCrops(samples, (32, 64), 0)
+    before = [crops[key] for key in keys]
+    pack_samples(samples, workers=1)
+    for key, crop in zip(keys, before):
+        assert all(torch.equal(a, b) for a, b in zip(crops[key], crop))
+    packed = packed_path(samples[0].photo)
+    np.save(packed, np.load(packed) * 0 + 7)
+    assert (crops[0, 0][0] == 7).all()  # it is what is read
+    os.utime(packed, (0, 0))
+    assert torch.equal(crops[0, 0][0], before[0][0])  # not one that is older than the photo
+    packed.write_bytes(b"text")
+    with pytest.raises(InputError, match="not a packed picture"):
+        crops[0, 0]
 
 
 def test_a_crop_depends_on_seed_epoch_and_picture_alone(data):

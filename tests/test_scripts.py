@@ -38,6 +38,8 @@ def test_prepare_unpacks_draws_counts_and_then_finds_nothing_to_do(script, data,
     again = script("prepare_cityscapes.py", "--root", root, "--zips", zips)
     assert again.stdout == done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    packed = script("prepare_cityscapes.py", "--root", root, "--pack")
+    assert "packed: 6 training pictures and labels" in packed.stdout and len(list(root.rglob("*.npy"))) == 12
 
 
 @pytest.mark.parametrize("entry", ["../outside.png", "/tmp/ocrnet_outside.png", "gtFine/../../outside.png"])

@@ -14,11 +14,13 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from ..errors import InputError
-from .transforms import NO_CHANGE, draw_colour, random_crop
+from .transforms import NO_CHANGE, cut_photo, draw_box, draw_colour
 
 IGNORE = 255  # the train id of everything that is not scored
 
@@ -209,14 +211,20 @@ class Sample(NamedTuple):
     label: Path
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, rows: int | None = None) -> Image.Image:
     """A decoded picture.
+
+    Args:
+        rows: how many from the top will be looked at; what is below may stay black.
 
     Raises:
         InputError: the file is no picture, or ends early.
     """
     try:
         image = Image.open(path)
+        if rows and image.format == "PNG" and not image.info.get("interlace"):  # inflating is most of a crop's cost
+            codec, (left, top, right, bottom), *rest = image.tile[0]
+            image.tile = [(codec, (left, top, right, min(rows, bottom)), *rest)]
         image.load()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -229,13 +237,13 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
-def read_photo(path: Path) -> Image.Image:
+def read_photo(path: Path, rows: int | None = None) -> Image.Image:
     """A picture as 8-bit RGB, whatever it was: grey, palette, 16 bits and transparency are converted."""
-    image = read_image(path)
+    image = read_image(path, rows)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits a channel: PIL would clip, not scale
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_label(path: Path) -> Image.Image:
@@ -248,6 +256,60 @@ def read_label(path: Path) -> Image.Image:
     if image.mode not in ("L", "P"):
         raise InputError(f"{path}: a label has one channel of 8 bits, this one is {image.mode}")
     return image if image.mode == "L" else Image.fromarray(np.asarray(image))  # a palette's indices are the ids
+
+
+def read_pixels(path: Path, read: Callable[[Path], Image.Image]) -> np.ndarray | Image.Image:
+    """A photo or label: its packed copy, uint8 (H, W, 3) or (H, W), not read but mapped, or else what ``read`` gives.
+
+    Raises:
+        InputError: the copy is none; and as ``read`` does.
+    """
+    if not is_packed(path):
+        return read(path)
+    packed = packed_path(path)
+    try:
+        return np.load(packed, mmap_mode="r")
+    except Exception as error:
+        raise InputError(f"{packed}: not a packed picture ({error}): delete it, or pack again") from None
+
+
+def packed_path(path: Path) -> Path:
+    return path.with_suffix(".npy")
+
+
+def is_packed(path: Path) -> bool:
+    packed = packed_path(path)
+    return packed.exists() and packed.stat().st_mtime >= path.stat().st_mtime  # an older one is of another picture
+
+
+def pack(sample: Sample) -> None:
+    """Keep copies of a photo and its label that need no inflating: the bytes of their pixels, as numpy saves them."""
+    for path, read in ((sample.photo, read_photo), (sample.label, read_label)):
+        if not is_packed(path):
+            with write_whole(packed_path(path)) as part, open(part, "wb") as file:
+                np.save(file, np.asarray(read(path)))
+
+
+def pack_samples(samples: Sequence[Sample], workers: int | None = None) -> None:
+    """``pack`` those that are not yet, in ``workers`` processes (None for one a core).
+
+    Raises:
+        InputError: the disk has no room for them.
+    """
+    missing = [sample for sample in samples if not all(map(is_packed, sample))]
+    if missing:
+        with Image.open(missing[0].photo) as photo:
+            needed = 4 * photo.width * photo.height * len(missing)  # red, green, blue, label
+        root = missing[0].photo.parent
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            raise InputError(
+                f"packing {len(missing)} pictures needs {needed:,} bytes in {root}, where {free:,} are free"
+            )
+    with ProcessPoolExecutor(workers) as pool:
+        done = pool.map(pack, missing, chunksize=8)
+        for _ in tqdm(done, total=len(missing), desc="packing", disable=None if missing else True):
+            pass
 
 
 def find_photos(root: Path, split: str) -> list[Path]:
@@ -390,8 +452,11 @@ class RandomCrops(Dataset):
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
         sample = self.samples[index]
-        photo, label = random_crop(read_photo(sample.photo), read_label(sample.label), self.crop, rng, self.scales)
-        return to_tensor(photo), to_tensor(label), torch.tensor(draw_colour(rng) if self.colour else NO_CHANGE)
+        label = np.asarray(read_pixels(sample.label, read_label))
+        box, label = draw_box(label, self.crop, rng, self.scales)
+        photo = read_pixels(sample.photo, partial(read_photo, rows=box.top + box.height))
+        colour = torch.tensor(draw_colour(rng) if self.colour else NO_CHANGE)
+        return cut_photo(photo, box, self.crop), label, colour
 
 
 def leave_signals_to_parent(worker: int) -> None:

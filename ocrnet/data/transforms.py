@@ -1,63 +1,92 @@
 """What a picture goes through before the network sees it.
 
-In a loader's worker, photo and label together: scale by U(0.5, 2), cut, flip (``random_crop``), and the numbers of a
-colour change (``draw_colour``). On the device, a whole batch at once: the colour change itself and the normalising
-(``to_input``). Source of every number: mmsegmentation's cityscapes_1024x1024 recipe for OCRNet.
+In a loader's worker, photo and label together: a part of the picture is drawn (``draw_box``), cut out, resized to the
+crop and perhaps mirrored (``cut``), and the numbers of a colour change are drawn (``draw_colour``). On the device, a
+whole batch at once: the colour change itself and the normalising (``to_input``). Source of every number:
+mmsegmentation's cityscapes_1024x1024 recipe for OCRNet.
 
-Letters: B batch, H W the crop's size.
+Letters: B batch, H W the picture's size, h w the crop's.
 """
 
 import random
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's RGB, on the scale 0 .. 255
 STD = (58.395, 57.12, 57.375)
-PAD_PHOTO = (124, 116, 104)  # the mean: about 0 after normalising
+PAD_PHOTO = [124.0, 116.0, 104.0]  # the mean: about 0 after normalising
 PAD_LABEL = 255  # not scored
 NO_CHANGE = (0.0, 1.0, 1.0, 0.0, 1.0)  # of colour
 
 
-def random_crop(
-    photo: Image.Image,
-    label: Image.Image,
+class Box(NamedTuple):
+    """A part of a picture, in its pixels, and what becomes of it."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    size: list[int]  # it is resized to
+    mirrored: bool
+
+
+def draw_box(
+    label: np.ndarray,
     crop: tuple[int, int],
     rng: random.Random,
     scales: tuple[float, float] = (0.5, 2.0),
     max_share: float = 0.75,
-) -> tuple[Image.Image, Image.Image]:
-    """Photo and label resized by one random factor, cut to ``crop`` = (H, W) at one random place, flipped or not.
+) -> tuple[Box, Tensor]:
+    """The part of a picture that, resized by one random factor, fills ``crop`` = (h, w); and the label there (h, w).
 
-    Both are resampled once, straight from the part that the crop shows. The place is drawn again, up to ten times,
-    while one class fills ``max_share`` or more of the crop's labelled pixels. Where the resized picture is smaller than
-    the crop, it is padded at the right and below.
+    The place is random. It is drawn again, up to ten times, while one class fills ``max_share`` or more of the crop's
+    labelled pixels. Where the resized picture is smaller than the crop, the part is all of it.
+
+    Args:
+        label: uint8 (H, W).
     """
     scale = rng.uniform(*scales)
-    width, height = int(photo.width * scale + 0.5), int(photo.height * scale + 0.5)
-    for attempt in range(11):
-        left = rng.randint(0, max(width - crop[1], 0))
-        top = rng.randint(0, max(height - crop[0], 0))
-        x, y = photo.width / width, photo.height / height  # pixels of the photo in one of the resized picture
-        box = (left * x, top * y, (left + crop[1]) * x, (top + crop[0]) * y)
-        part = cut(label, box, crop, Image.Resampling.NEAREST, PAD_LABEL)
-        counts = [count for count in part.histogram()[:PAD_LABEL] if count]
-        if attempt == 10 or (len(counts) > 1 and max(counts) < max_share * sum(counts)):
+    height, width = (min(round(side / scale), whole) for side, whole in zip(crop, label.shape))
+    size = [min(side, max(round(whole * scale), 1)) for side, whole in zip(crop, label.shape)]
+    mirrored = rng.random() < 0.5
+    for _ in range(11):
+        top, left = rng.randint(0, label.shape[0] - height), rng.randint(0, label.shape[1] - width)
+        box = Box(top, left, height, width, size, mirrored)
+        classes = cut_label(label, box, crop)
+        counts = torch.bincount(classes.flatten(), minlength=PAD_LABEL + 1)[:PAD_LABEL]
+        if counts.count_nonzero() > 1 and counts.max() < max_share * counts.sum():
             break
-    photo, label = cut(photo, box, crop, Image.Resampling.BILINEAR, PAD_PHOTO), part
-    if rng.random() < 0.5:
-        flip = Image.Transpose.FLIP_LEFT_RIGHT
-        photo, label = photo.transpose(flip), label.transpose(flip)
-    return photo, label
+    return box, classes
 
 
-def cut(image: Image.Image, box: tuple[float, ...], size: tuple[int, int], resample: Image.Resampling, fill):
-    """The part of ``image`` in ``box`` (left, top, right, bottom; fractions count), resized to ``size`` = (H, W).
+def cut_photo(photo: np.ndarray | Image.Image, box: Box, crop: tuple[int, int]) -> Tensor:
+    """RGB or uint8 (H, W, 3) -> (3, h, w): between the four nearest pixels, also when shrinking, as OpenCV does it."""
+    return cut(torch.from_numpy(part(photo, box)).permute(2, 0, 1), box, crop, InterpolationMode.BILINEAR, PAD_PHOTO)
 
-    Bilinear here means between the four nearest pixels also when shrinking, as in OpenCV's resize and so in the recipe.
-    """
-    return image.transform((size[1], size[0]), Image.Transform.EXTENT, box, resample, fillcolor=fill)
+
+def cut_label(label: np.ndarray, box: Box, crop: tuple[int, int]) -> Tensor:
+    """uint8 (H, W) -> (h, w): the nearest pixel."""
+    return cut(torch.from_numpy(part(label, box))[None], box, crop, InterpolationMode.NEAREST, PAD_LABEL)[0]
+
+
+def part(picture: np.ndarray | Image.Image, box: Box) -> np.ndarray:
+    """A copy of the box alone: of a file mapped into memory nothing else is read."""
+    if isinstance(picture, Image.Image):
+        return np.array(picture.crop((box.left, box.top, box.left + box.width, box.top + box.height)))
+    return np.array(picture[box.top : box.top + box.height, box.left : box.left + box.width])
+
+
+def cut(x: Tensor, box: Box, crop: tuple[int, int], mode: InterpolationMode, fill: int | list[float]) -> Tensor:
+    """Resize a box (C, box.height, box.width), mirror it, pad it at the right and below -> (C, h, w)."""
+    x = F.resize(x, box.size, mode, antialias=False)
+    x = x.flip(2) if box.mirrored else x
+    return F.pad(x, [0, 0, crop[1] - box.size[1], crop[0] - box.size[0]], fill) if box.size != list(crop) else x
 
 
 def draw_colour(rng: random.Random) -> tuple[float, float, float, float, float]:

@@ -14,6 +14,7 @@ m the weights of the soft object regions, f region representations, w relations,
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hrnet import conv_bn
@@ -115,5 +116,11 @@ class OCRHead(nn.Module):
         x = self.pixel_head(features)  # (B, C, H, W) pixel representations
         f = self.gather(x, region_logits)  # (B, C, K, 1) object region representations
         y = self.attention(x, f)  # (B, C, H, W) object-contextual representations
-        z = self.g(torch.cat([y, x], dim=1))  # (B, C, H, W) augmented representations
+        z = self.augment(y, x)  # (B, C, H, W) augmented representations
         return self.classifier(z), region_logits
+
+    def augment(self, y: Tensor, x: Tensor) -> Tensor:
+        """z = g([y, x]), all (B, C, H, W): a convolution of [y, x] is that of y plus that of x, so none is written."""
+        conv, bn, relu = self.g
+        of_y, of_x = conv.weight.chunk(2, dim=1)  # (C, C, 1, 1) each
+        return relu(bn(F.conv2d(y, of_y) + F.conv2d(x, of_x)))

@@ -3,6 +3,7 @@
     python tests/bench.py                                             hr18, one 512x1024 crop, fp32 and bf16
     python tests/bench.py --model hr18s --crop 256 512 --batch-size 1 2 4 --dtype fp32
     python tests/bench.py --only loader
+    python tests/bench.py --only growth --plot cost.png               how a step's time grows with what
 
 Where mmsegmentation 1.2.2 is installed as well (pip install mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0
 ftfy regex), its step, its pipeline and its prediction are timed beside ours: each in a process of its own, in turns, so
@@ -409,6 +410,65 @@ def bench_evaluation(args: argparse.Namespace, who: list[str]) -> None:
             print(f"{args.model} {dtype}  ratio: {ratio(results['peer'][0][0], results['ours'][0][0])} as fast")
 
 
+def processes_step(processes: int, batch_size: int, folder: Path) -> float:
+    """Seconds a step of train.py, hr18s on 256x512 crops of four generated pictures, on one core a process."""
+    out = folder / f"run{processes}x{batch_size}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(ROOT / "train.py"), "--device=cpu", "--model=hr18s", "--crop", "256", "512", "--workers=0"]
+    command += [f"--batch-size={batch_size}", "--iters=12", "--log-every=1", "--val-every=1000", "--save-every=1000"]
+    command += [f"--data={folder / 'data'}", f"--out={out}"]
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    speeds = [entry["images_per_s"] for entry in log if entry["split"] == "train"]
+    return processes * batch_size / statistics.median(speeds[2:])
+
+
+def bench_growth(args: argparse.Namespace, who: list[str]) -> None:
+    """fp32 steps of ours: one thing grows at a time; beside each the time it would take if it grew as the work does."""
+    base = {"model": "hr18s", "crop": [256, 512], "batch": 1}
+    sweeps = {
+        "batch of 256x512, hr18s": [(str(n), base | {"batch": n}) for n in (1, 2, 4)],
+        "crop, hr18s": [(f"{n}x{2 * n}", base | {"crop": [n, 2 * n]}) for n in (128, 256, 512, 1024)],
+        "model, 256x512": [(name, base | {"model": name}) for name in ("hr18s", "hr18", "hr32", "hr48")],
+    }
+    results = {}
+    for title, cases in sweeps.items():
+        print(f"\ngrowth: {title}")
+        rows = []
+        for name, changes in cases:
+            case = case_of(args, "fp32", 1) | changes
+            parts, memory = take_turns(case, ["ours"], "build", "step", args.repeat, warm=2)["ours"]
+            rows.append((name, sum(parts), gflop(case)))
+            print(f"{name:>10}: {rows[-1][1]:6.2f} s  {rows[-1][2]:6.0f} GFLOP  {memory:6.0f} MiB")
+        results[title] = [(name, seconds, rows[0][1] * work / rows[0][2]) for name, seconds, work in rows]
+    print("\ngrowth: processes, one core and one 256x512 crop each, hr18s, train.py")
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(Path(folder, "data"))
+        shutil.copytree(Path(folder, "data/leftImg8bit/train"), Path(folder, "data/leftImg8bit/val"))
+        shutil.copytree(Path(folder, "data/gtFine/train"), Path(folder, "data/gtFine/val"))
+        rows = [(n, processes_step(n, 1, Path(folder))) for n in range(1, (os.cpu_count() or 1) + 1)]
+    for name, seconds in rows:
+        print(f"{name:>10}: {seconds:6.2f} s")
+    results["processes of one core"] = [(str(name), seconds, rows[0][1]) for name, seconds in rows]
+    if args.plot:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(1, len(results), figsize=(13, 3.4), layout="constrained")
+        for axis, (title, rows) in zip(axes, results.items()):
+            names, seconds, straight = zip(*rows)
+            axis.plot(names, straight, "--", color="0.6", label="if it grew as the work")
+            axis.plot(names, seconds, "o-", color="tab:blue", label="measured")
+            axis.set(title=title, ylim=(0, 1.15 * max(seconds + straight)))
+            axis.grid(axis="y", color="0.9")
+        axes[0].set_ylabel("seconds a step, fp32")
+        axes[0].legend()
+        figure.savefig(args.plot, dpi=110)
+        print(f"wrote {args.plot}")
+
+
 def case_of(args: argparse.Namespace, dtype: str, batch: int) -> dict:
     names = ("model", "crop", "device", "layout", "compile", "threads")
     return {name: getattr(args, name) for name in names} | {"dtype": dtype, "batch": batch}
@@ -428,7 +488,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), **show)
     parser.add_argument("--repeat", type=int, default=3, **show)
-    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), **show)
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=["step", "loader", "evaluation"], **show)
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the growth there")
     parser.add_argument("--no-peer", action="store_true", help="leave mmsegmentation out, also where it is installed")
     args = parser.parse_args()
     who = ["ours", "peer"] if HAS_PEER and not args.no_peer else ["ours"]
@@ -437,7 +498,7 @@ def main() -> None:
         TASKS[name](args, who)
 
 
-TASKS = {"step": bench_step, "loader": bench_loader, "evaluation": bench_evaluation}
+TASKS = {"step": bench_step, "loader": bench_loader, "evaluation": bench_evaluation, "growth": bench_growth}
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
     python evaluate.py --ckpt runs/hr18/best.pt                                     mIoU of the val split
     torchrun --nproc_per_node 4 evaluate.py --ckpt runs/hr18/best.pt                the same, shared by 4 processes
     python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg photos/ --save out    no data set needed
+    python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg --explain out       each step of the method
     python evaluate.py --ckpt runs/hr18/best.pt --split test --export out           PNGs for the test server
 
 --ckpt takes runs of train.py, and checkpoints of mmsegmentation's OCRNet and of the authors' HRNet-OCR as they are.
@@ -33,6 +34,8 @@ from ocrnet.data.cityscapes import (
     find_photos,
     find_samples,
     instance_path,
+    label_path,
+    read_label,
     read_label_tensor,
     read_photo,
     to_tensor,
@@ -40,10 +43,10 @@ from ocrnet.data.cityscapes import (
 )
 from ocrnet.device import KINDS, Accelerator
 from ocrnet.errors import InputError, run
-from ocrnet.inference import predict, score
+from ocrnet.inference import explain, predict, score
 from ocrnet.metrics import ConfusionMatrix, InstanceScore, row_baseline
 from ocrnet.models import OCRNet
-from ocrnet.visualize import colourise, overlay
+from ocrnet.visualize import colourise, overlay, save_explanation
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -65,6 +68,15 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("pictures")
     group.add_argument("--images", type=Path, nargs="+", metavar="FILE_OR_DIR", help="colour these instead of scoring")
     group.add_argument("--save", type=Path, metavar="DIR", help="where the coloured pictures go")
+    group.add_argument("--explain", type=Path, metavar="DIR", help="draw each step of the method for them there")
+    group.add_argument(
+        "--pixel",
+        type=int,
+        nargs=2,
+        action="append",
+        metavar=("X", "Y"),
+        help="whose relation --explain shows; may recur",
+    )
     group = parser.add_argument_group("how to look at a photo")
     group.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes to see it at (default: 1)")
     group.add_argument("--flip", action="store_true", help="and mirrored as well; the mean of the softmaxes counts")
@@ -75,8 +87,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
     group.add_argument("--workers", type=int, default=2, help="loader processes a process (default: %(default)s)")
     args = parser.parse_args()
-    if bool(args.images) != bool(args.save):
-        parser.error("--images and --save go together: which pictures, and where the coloured ones go")
+    if bool(args.images) != bool(args.save or args.explain):
+        parser.error("--images goes with --save or --explain: which pictures, and where what is drawn of them goes")
+    if args.pixel and not args.explain:
+        parser.error("--pixel: is for --explain DIR")
     if args.split == "test" and not (args.export or args.images):
         parser.error("--split test: its labels are not public: write PNGs for the test server with --export DIR")
     if min(args.scales) <= 0 or min(args.slide or [1]) < 1 or min(args.stride or [1]) < 1:
@@ -226,6 +240,24 @@ def colour_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accele
         print(f"{len(pictures)} pictures: NAME.png and NAME_overlay.png in {args.save}")
 
 
+def explain_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
+    pictures = find_pictures(args.images)
+    args.explain.mkdir(parents=True, exist_ok=True)
+    for path in my_share(pictures, accelerator, "explaining"):
+        photo = read_photo(path)
+        for x, y in args.pixel or ():
+            if not (0 <= x < photo.width and 0 <= y < photo.height):
+                raise InputError(f"--pixel {x} {y}: {path} is {photo.width}x{photo.height}")
+        label = None
+        if path.name.endswith("_leftImg8bit.png") and len(path.resolve().parts) > 4:
+            where = label_path(path.resolve())
+            label = np.asarray(read_label(where)) if where.exists() else None
+        seen = explain(model, to_tensor(photo), accelerator, how["amp"])
+        written = save_explanation(str(args.explain / path.stem), np.asarray(photo), seen, args.pixel or (), label)
+    if accelerator.is_main:
+        print(f"{len(pictures)} pictures explained, {len(written)} figures each, as {written[0]} and so on")
+
+
 def export_split(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
     """Label ids, one PNG a photo, of its size and under its name: what the test server takes."""
     photos = find_photos(args.data, args.split)
@@ -253,8 +285,9 @@ def main() -> None:
         found = model.config["num_classes"]
         raise InputError(f"--ckpt {args.ckpt}: a model of {found} classes: expected Cityscapes' {len(CLASSES)}")
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    task = colour_pictures if args.images else export_split if args.export else score_split
-    task(model, args, accelerator, how)
+    tasks = [task for task, asked in ((colour_pictures, args.save), (explain_pictures, args.explain)) if asked]
+    for task in tasks or [export_split if args.export else score_split]:
+        task(model, args, accelerator, how)
     accelerator.close()
 
 

@@ -4,6 +4,7 @@ Letters: B batch, K classes, H W a picture's size.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,39 @@ def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], stride: tu
             total[area] += logits
             counts[area] += 1
     return total / counts
+
+
+class Explanation(NamedTuple):
+    """What OCRNet computes on its way for one photo; h w are the feature map's size, N = h * w."""
+
+    m: Tensor  # (K, h, w) soft object regions: each a distribution over the pixels, which sums to one
+    f: Tensor  # (K, C) object region representations
+    w: Tensor  # (K, h, w) pixel-region relation: at each pixel it sums to one over the regions
+    coarse: Tensor  # (K, H, W) class probabilities of the first, coarse segmentation, which the regions come from
+    final: Tensor  # (K, H, W) class probabilities of the final one
+
+
+@torch.inference_mode()
+def explain(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool = False) -> Explanation:
+    """One photo, uint8 (3, H, W), seen once at its own size -> every intermediate quantity, float32 on the CPU."""
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (*inputs, output)}))
+        for name, module in (("gather", model.head.gather), ("attention", model.head.attention))
+    ]
+    image = to_input(photo[None].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast(amp):
+        logits, region_logits = model(image)
+        for hook in hooks:
+            hook.remove()
+        _, regions, f = seen["gather"]
+        x, _, _ = seen["attention"]
+        w = model.head.attention.relation(x, f)  # (1, N, K)
+    m = regions.float().flatten(2).softmax(dim=2)  # as SpatialGather has it
+    w = w.float().transpose(1, 2)
+    maps = [y[0].unflatten(1, regions.shape[-2:]).cpu() for y in (m, w)]
+    coarse, final = (y.float().softmax(dim=1)[0].cpu() for y in (region_logits, logits))
+    return Explanation(maps[0], f[0, :, :, 0].float().T.cpu(), maps[1], coarse, final)
 
 
 def score(

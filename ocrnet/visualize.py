@@ -1,27 +1,30 @@
-"""Pictures: class maps in Cityscapes' colours, samples side by side, and the curves of a run.
+"""Pictures: class maps in Cityscapes' colours, samples side by side, the method step by step, a run's curves.
 
 Letters: H W a picture's size, K classes.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 
-from .data.cityscapes import CLASSES, IGNORE
+from .data.cityscapes import CLASS_NAMES, CLASSES, IGNORE
 from .errors import InputError
+from .inference import Explanation
 
 matplotlib.use("Agg")  # files only: no screen is needed
 from matplotlib import pyplot as plt
+from matplotlib.colors import LogNorm
 from matplotlib.patches import Patch
 
 PALETTE = np.zeros((256, 3), np.uint8)  # train id -> RGB; 255 is black
 for _label in CLASSES:
     PALETTE[_label.train_id] = _label.color
+MENDED, SPOILED = (0, 150, 0), (220, 0, 0)
 
 
 def colourise(classes: np.ndarray) -> np.ndarray:
@@ -51,10 +54,181 @@ def save_samples(
             axis.set_axis_off()
     for axis, title in zip(axes[0], ("photo", "label (black: not scored)", "prediction")):
         axis.set_title(title)
-    patches = [Patch(color=np.array(label.color) / 255, label=label.name) for label in CLASSES]
-    fig.legend(handles=patches, loc="outside lower center", ncols=10, frameon=False, fontsize=9)
+    class_legend(fig, range(len(CLASSES)))
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+# ---- the method, step by step ----------------------------------------------------------------------------------------
+
+
+def save_explanation(
+    prefix: str,
+    photo: np.ndarray,
+    seen: Explanation,
+    pixels: Sequence[tuple[int, int]] = (),
+    label: np.ndarray | None = None,
+) -> list[Path]:
+    """One figure a step of the method, ``PREFIX_1_regions.png`` and so on -> their paths.
+
+    Args:
+        photo: (H, W, 3).
+        pixels: (x, y) whose relation to the regions is shown; left out: of each class the surest pixel.
+        label: (H, W) train ids, to show where the prediction is wrong.
+    """
+    coarse, final = seen.coarse.argmax(0).numpy(), seen.final.argmax(0).numpy()
+    confidence = seen.final.amax(0).numpy()
+    pixels = list(pixels) or surest_pixels(final, confidence)
+    figures = {
+        "1_regions": draw_regions(photo, seen.m.numpy()),
+        "2_representations": draw_representations(seen.f.numpy()),
+        "3_relation": draw_relation(photo, seen.w.numpy(), final, pixels),
+        "4_segmentations": draw_segmentations(photo, coarse, final),
+        "5_confidence": draw_confidence(photo, confidence),
+    }
+    if label is not None:
+        figures["6_errors"] = draw_errors(label, coarse, final)
+    paths = []
+    for name, fig in figures.items():
+        paths.append(Path(f"{prefix}_{name}.png"))
+        fig.savefig(paths[-1], dpi=100)
+        plt.close(fig)
+    return paths
+
+
+def panels(photo: np.ndarray, rows: int, columns: int, width: float, extra: float = 0.6):
+    """A figure of pictures shaped as the photo, ``width`` inches each -> figure, axes (rows * columns,)."""
+    height = width * photo.shape[0] / photo.shape[1] + 0.3
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(columns * width, rows * height + extra), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return fig, axes.ravel()
+
+
+def class_legend(fig: plt.Figure, classes: Iterable[int], columns: int = 10) -> None:
+    patches = [Patch(color=PALETTE[k] / 255, label=CLASS_NAMES[k]) for k in classes]
+    fig.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def surest_pixels(final: np.ndarray, confidence: np.ndarray) -> list[tuple[int, int]]:
+    """(x, y) of the surest pixel of each class that is predicted, by class."""
+    found = []
+    for k in np.unique(final):
+        y, x = np.unravel_index(np.where(final == k, confidence, -1).argmax(), final.shape)
+        found.append((int(x), int(y)))
+    return found
+
+
+def draw_regions(photo: np.ndarray, m: np.ndarray) -> plt.Figure:
+    """Soft object regions (K, h, w), as multiples of 1/N, which each pixel would have if all weighed the same."""
+    fig, axes = panels(photo, 4, 5, 3.0, 0.9)
+    axes[0].imshow(photo)
+    axes[0].set_title("photo", fontsize=10)
+    for axis, name, weights in zip(axes[1:], CLASS_NAMES, m):
+        scale = LogNorm(0.01, 100, clip=True)
+        image = axis.imshow(np.maximum(weights * weights.size, 0.01), norm=scale, cmap="magma", interpolation="nearest")
+        axis.set_title(name, fontsize=10)
+    fig.colorbar(image, ax=axes, orientation="horizontal", shrink=0.5, aspect=50, pad=0.02).set_label(
+        "weight of a pixel in its class's region, as a multiple of 1/N (softmax over the N pixels)"
+    )
+    fig.suptitle("1. Soft object regions: which pixels each class's representation is gathered from")
+    return fig
+
+
+def draw_representations(f: np.ndarray) -> plt.Figure:
+    """Object region representations (K, C): the cosine of each with each."""
+    unit = f / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
+    cosine = unit @ unit.T
+    fig, axis = plt.subplots(figsize=(10, 8.6), layout="constrained")
+    image = axis.imshow(cosine, vmin=0, vmax=1, cmap="viridis")  # after a ReLU no angle is over 90 degrees
+    ticks = range(len(CLASS_NAMES))
+    axis.set_xticks(ticks, CLASS_NAMES, rotation=45, ha="right")
+    axis.set_yticks(ticks, CLASS_NAMES)
+    for i in ticks:
+        for j in ticks:
+            color = "black" if cosine[i, j] > 0.6 else "white"
+            axis.text(j, i, f"{cosine[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=color)
+    fig.colorbar(image, label="cosine of two representations", shrink=0.8)
+    axis.set_title("2. Object region representations: how alike they are")
+    return fig
+
+
+def draw_relation(photo: np.ndarray, w: np.ndarray, final: np.ndarray, pixels: Sequence[tuple[int, int]]) -> plt.Figure:
+    """Pixel-region relation (K, h, w) at some pixels: a row each, a column a region."""
+    fig, (where, table) = plt.subplots(
+        1, 2, figsize=(16, 0.6 + max(4.5, 0.36 * len(pixels) + 2)), width_ratios=[1, 1.15], layout="constrained"
+    )
+    where.imshow(photo)
+    where.set_axis_off()
+    rows, names = [], []
+    for number, (x, y) in enumerate(pixels, 1):
+        where.plot(x, y, "o", color="white", markersize=13, markeredgecolor="black")
+        where.text(x, y, number, ha="center", va="center", fontsize=8)
+        i, j = y * w.shape[1] // photo.shape[0], x * w.shape[2] // photo.shape[1]
+        rows.append(w[:, i, j])
+        names.append(f"{number}: {CLASS_NAMES[final[y, x]]} ({x}, {y})")
+    image = table.imshow(np.array(rows), vmin=0, vmax=1, cmap="magma", aspect="auto")
+    table.set_xticks(range(len(CLASS_NAMES)), CLASS_NAMES, rotation=45, ha="right")
+    table.set_yticks(range(len(names)), names)
+    table.set(xlabel="region", ylabel="pixel: what it is predicted as (x, y)")
+    fig.colorbar(image, ax=table, label="w: the pixel's relation to the region; a row sums to 1")
+    fig.suptitle("3. Pixel-region relation: from which regions a pixel takes its context")
+    return fig
+
+
+def draw_segmentations(photo: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> plt.Figure:
+    """Coarse and final classes (H, W), and where they differ."""
+    fig, axes = panels(photo, 2, 2, 6.5, 1.2)
+    changed = coarse != final
+    pictures = (photo, colourise(coarse), colourise(final), np.where(changed[..., None], colourise(final), 255))
+    titles = ("photo", "coarse: the regions' own classes", "final", f"what the context changed: {changed.mean():.1%}")
+    for axis, picture, title in zip(axes, pictures, titles):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(title)
+    class_legend(fig, np.union1d(coarse, final))
+    fig.suptitle("4. Segmentations: before and after the object context")
+    return fig
+
+
+def draw_confidence(photo: np.ndarray, confidence: np.ndarray) -> plt.Figure:
+    """The final probability of the class that was chosen (H, W)."""
+    fig, axes = panels(photo, 1, 2, 6.5, 0.6)
+    axes[0].imshow(photo)
+    axes[0].set_title("photo")
+    image = axes[1].imshow(confidence, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes[1].set_title(f"probability of the class chosen, mean {confidence.mean():.2f}")
+    fig.colorbar(image, ax=axes, shrink=0.8)
+    fig.suptitle("5. Confidence")
+    return fig
+
+
+def draw_errors(label: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> plt.Figure:
+    """Against the label (H, W): what is wrong, and what the context mended or spoiled."""
+    scored = label != IGNORE
+    fig, axes = panels(label, 2, 2, 6.5, 1.2)
+    right, was_right = final == label, coarse == label
+    wrong = np.where((scored & ~right)[..., None], colourise(final), 255)
+    change = np.full((*label.shape, 3), 255, np.uint8)
+    change[scored & right & ~was_right] = MENDED
+    change[scored & ~right & was_right] = SPOILED
+    for picture in (wrong, change):
+        picture[~scored] = 0
+    share = [x[scored].mean() if scored.any() else np.nan for x in (right, right & ~was_right, ~right & was_right)]
+    pictures = (colourise(label), colourise(final), wrong, change)
+    titles = (
+        "label (black: not scored)",
+        f"final: {share[0]:.1%} of the scored pixels are right",
+        "wrong pixels, in the colour of what they were taken for",
+        f"the context mended {share[1]:.1%} (green), spoiled {share[2]:.1%} (red)",
+    )
+    for axis, picture, title in zip(axes, pictures, titles):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(title)
+    class_legend(fig, np.unique([*np.unique(label[scored]), *np.unique(final)]))
+    fig.suptitle("6. Errors")
+    return fig
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 """Ways to look at a photo: properties that hold for any model, with small ones made for them."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ocrnet.data.cityscapes import AVERAGE_INSTANCE, CLASS_NAMES, WholeImages, find_samples, read_instances
+from ocrnet.data.transforms import to_input
 from ocrnet.device import Accelerator
-from ocrnet.inference import predict, score, sliding
+from ocrnet.inference import explain, predict, score, sliding
+from ocrnet.models import build_model
+from ocrnet.visualize import surest_pixels
 
 
 class Pointwise(nn.Module):
@@ -76,6 +80,32 @@ def test_windows_cover_the_image_and_end_at_its_border():
     image = torch.randn(1, 3, 20, 33)
     torch.testing.assert_close(sliding(model, image, (8, 16), (5, 9)), model.layer(image))
     assert model.seen == [(8, 16)] * (4 * 3)  # tops 0 5 10 12, lefts 0 9 17
+
+
+def test_an_explanation_is_what_the_network_computes(cpu):
+    torch.manual_seed(0)
+    photo, model = torch.randint(0, 256, (3, 65, 98), dtype=torch.uint8), build_model("hr18s").eval()
+    seen = explain(model, photo, cpu)
+    assert seen.m.shape == seen.w.shape == (19, 17, 25) and seen.f.shape == (19, 512)
+    torch.testing.assert_close(seen.m.sum((1, 2)), torch.ones(19))
+    torch.testing.assert_close(seen.w.sum(0), torch.ones(17, 25))
+    torch.testing.assert_close(seen.final, predict(model, photo[None], cpu)[0])
+    torch.testing.assert_close(seen.coarse.sum(0), torch.ones(65, 98))
+    assert not torch.equal(seen.coarse, seen.final)
+    with torch.no_grad():  # f and the final logits follow from m and w as the paper says
+        image = to_input(photo[None]).contiguous(memory_format=torch.channels_last)
+        x = model.head.pixel_head(model.backbone(image)[1])  # (1, 512, 17, 25)
+        torch.testing.assert_close(seen.f, torch.einsum("khw,chw->kc", seen.m, x[0]))
+        context = model.head.attention.delta(seen.f.T[None, :, :, None])[0, :, :, 0]  # (256, 19)
+        y = model.head.attention.rho(torch.einsum("dk,khw->dhw", context, seen.w)[None])
+        logits = model.resize(model.head.classifier(model.head.g(torch.cat([y, x], 1))), image)
+        torch.testing.assert_close(seen.final, logits[0].softmax(0))
+    assert not model.head.gather._forward_hooks and not model.head.attention._forward_hooks
+
+
+def test_the_surest_pixel_of_each_class_is_chosen():
+    final, confidence = np.array([[3, 3, 7], [3, 7, 7]]), np.array([[0.2, 0.9, 0.3], [0.5, 0.8, 0.4]])
+    assert surest_pixels(final, confidence) == [(1, 0), (1, 1)]
 
 
 def test_scoring_leaves_training_mode_as_it_was_and_counts_every_pixel_once(cpu, data):

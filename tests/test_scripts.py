@@ -150,11 +150,25 @@ def test_pictures_of_any_size_are_coloured_without_a_data_set(script, trained, t
     Image.fromarray(rng.integers(0, 255, (97, 161, 3), dtype=np.uint8)).save(tmp_path / "photos/odd.jpg")
     Image.fromarray(rng.integers(0, 255, (33, 40), dtype=np.uint8)).save(tmp_path / "grey.png")
     flags = ["--ckpt", trained[0] / "best.pt", "--save", tmp_path / "out", "--device", "cpu"]
-    script("evaluate.py", *flags, "--images", tmp_path / "photos", tmp_path / "grey.png")
+    explain = ["--explain", tmp_path / "steps", "--pixel", 3, 4, "--pixel", 39, 32]
+    script("evaluate.py", *flags, "--images", tmp_path / "photos", tmp_path / "grey.png", *explain)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "odd.png", "odd_overlay.png", "grey.png", "grey_overlay.png"
     }  # fmt: skip
     assert Image.open(tmp_path / "out/odd.png").size == Image.open(tmp_path / "out/odd_overlay.png").size == (161, 97)
+    steps = ["1_regions", "2_representations", "3_relation", "4_segmentations", "5_confidence"]
+    assert sorted(path.name for path in (tmp_path / "steps").iterdir()) == [
+        f"{name}_{step}.png" for name in ("grey", "odd") for step in steps
+    ]
+
+
+def test_a_labelled_picture_is_explained_with_its_errors(script, trained, data, tmp_path):
+    photo = next(data.glob("leftImg8bit/val/*/*.png"))
+    flags = ["--ckpt", trained[0] / "best.pt", "--explain", tmp_path, "--device", "cpu", "--images", photo]
+    script("evaluate.py", *flags)
+    assert (tmp_path / f"{photo.stem}_6_errors.png").exists()
+    refused = script("evaluate.py", *flags, "--pixel", 256, 0, ok=False)
+    assert f"--pixel 256 0: {photo} is 256x128" in refused.stderr
 
 
 def test_plot_lays_a_run_beside_a_log_of_mmengine(script, trained, tmp_path):

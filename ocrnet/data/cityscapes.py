@@ -330,17 +330,21 @@ def find_photos(root: Path, split: str) -> list[Path]:
     return photos
 
 
+def label_path(photo: Path) -> Path:
+    """Where the label of a photo ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png is."""
+    root, _, split, city = photo.parents[3], *photo.parts[-4:-1]
+    return root / "gtFine" / split / city / photo.name.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
+
+
 def find_samples(root: Path, split: str) -> list[Sample]:
     """All photos of a split with their labels, sorted by name.
 
     Raises:
         InputError: there are no photos, or one has no label.
     """
-    root = Path(root)
     samples = []
     for photo in find_photos(root, split):
-        name = photo.name.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
-        label = root / "gtFine" / split / photo.parent.name / name
+        label = label_path(photo)
         if not label.exists():
             raise InputError(f"{photo}: has no label: expected {label}; run python prepare_cityscapes.py --root {root}")
         samples.append(Sample(photo, label))

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -41,7 +42,7 @@ from ocrnet.errors import InputError, run
 from ocrnet.inference import predict, score
 from ocrnet.losses import ocr_loss, poly_lr
 from ocrnet.metrics import row_baseline
-from ocrnet.models import VARIANTS, build_model, load_weights
+from ocrnet.models import VARIANTS, OCRNet, build_model, load_weights
 from ocrnet.visualize import plot_curves, read_log, save_samples
 
 DEMO = dict(
@@ -62,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from these, such as an ImageNet HRNet's")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL)")
     group.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
+    group.add_argument("--dry-run", action="store_true", help="say what would be trained, on what, and stop")
     group = parser.add_argument_group("recipe")
     group.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="(default: 512 1024)")
     group.add_argument(
@@ -145,6 +147,31 @@ def check_resumable(state: dict, args: argparse.Namespace, run: dict, last: Path
     return changed
 
 
+def memory_estimate(model: OCRNet, batch_size: int, crop: tuple[int, int], amp: bool) -> float:
+    """GiB a process: weights, gradients and momentum, and what autograd keeps of a batch for the backward pass.
+
+    The latter grows with the area: it is measured on two small images on the CPU, and drawn on as a straight line.
+    What comes and goes beside it is left out: expect a tenth to a fifth more, and the device's own libraries.
+    """
+    kept = []
+    for width in (64, 128):
+        storages = {}
+
+        def keep(x: Tensor, storages: dict = storages) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                outputs = model(torch.zeros(2, 3, 64, width).contiguous(memory_format=torch.channels_last))
+            loss, _ = ocr_loss(*outputs, torch.zeros(2, 64, width, dtype=torch.long))
+        kept.append(sum(storages.values()))
+        del loss, outputs
+    a_pixel = (kept[1] - kept[0]) / (2 * 64 * 64)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return (3 * weights + a_pixel * batch_size * crop[0] * crop[1]) / 2**30
+
+
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(args.device, args.timeout)
@@ -199,6 +226,11 @@ def main() -> None:
         say(f"{args.weights}: {load_weights(model, args.weights)}")
     elif not args.demo:
         say("WARNING: training from RANDOM weights. The published scores start from an ImageNet HRNet: --weights FILE.")
+    if args.dry_run:
+        say(f"memory: at least {memory_estimate(model, args.batch_size, args.crop, amp):.1f} GiB a process")
+        say(f"every {args.val_every} iterations validation, every {args.save_every} a checkpoint; nothing was started")
+        accelerator.close()
+        return
     model = accelerator.sync_bn(model).to(device)
     ddp_model = accelerator.wrap(torch.compile(model) if args.compile else model)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)

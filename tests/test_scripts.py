@@ -144,6 +144,18 @@ def test_absent_classes_are_counted_out_loud(script, trained, data, tmp_path):
     assert "mean of the 3 that occur" in done.stdout and "without looking at the photo" in done.stdout
 
 
+def test_a_dry_run_says_what_would_be_and_writes_nothing(script, data, tmp_path):
+    gib = []
+    for crop in ((64, 128), (128, 256)):
+        flags = [*RUN, "--iters", 700, "--data", data, "--out", tmp_path / "run", "--dry-run", "--crop", *crop]
+        output = script("train.py", *flags, "--batch-size", 8).stdout
+        assert "6,378,496 parameters" in output and "6 training and 5 validation pictures" in output
+        assert f"700 iterations of 8 crops of {crop[0]}x{crop[1]}" in output and f"writing to {tmp_path}/run" in output
+        gib.append(float(re.search(r"memory: at least (\d+\.\d) GiB", output)[1]))
+    assert 0 < gib[0] < gib[1] < 4 and gib[1] > 2.5 * gib[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_pictures_of_any_size_are_coloured_without_a_data_set(script, trained, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()

@@ -20,11 +20,12 @@ def main() -> None:
         "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or mmengine's log"
     )
     parser.add_argument("--out", type=Path, help="PNG to write (default: curve.png beside the first log)")
+    parser.add_argument("--log-scale", action="store_true", help="loss and learning rate on logarithmic axes")
     args = parser.parse_args()
     runs = [read_log(log) for log in args.logs]
     first = args.logs[0]
     out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
-    plot_curves(runs, out)
+    plot_curves(runs, out, args.log_scale)
     for log in runs:
         best = f", best mIoU {max(entry['mIoU'] for entry in log.val):.2%}" if log.val else ""
         print(f"{log.name}: {len(log.train)} training entries, {len(log.val)} validations{best}")

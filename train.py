@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 4 train.py            the recipe: 4 cards of 2 pictures, 40,000 iterations
     torchrun --nproc_per_node 4 train.py --resume   go on after a stop
 
-Writes to the folder --out: log.jsonl, last.pt, best.pt, curve.png, samples.png. SIGTERM and Ctrl-C save and leave.
+Writes to the folder --out: log.jsonl, last.pt, best.pt, curve.png, samples.png, scores.png. SIGTERM and Ctrl-C save
+and leave.
 """
 
 import argparse
@@ -39,11 +40,11 @@ from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import to_input
 from ocrnet.device import KINDS, Accelerator
 from ocrnet.errors import InputError, run
-from ocrnet.inference import predict, score
+from ocrnet.inference import explain, score
 from ocrnet.losses import ocr_loss, poly_lr
 from ocrnet.metrics import row_baseline
 from ocrnet.models import VARIANTS, OCRNet, build_model, load_weights
-from ocrnet.visualize import plot_curves, read_log, save_samples
+from ocrnet.visualize import plot_curves, read_log, save_samples, save_scores
 
 DEMO = dict(
     data=Path("data/synthetic"), out=Path("runs/demo"), model="hr18s", crop=[96, 192], scales=[0.75, 1.5],
@@ -236,6 +237,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = accelerator.grad_scaler(amp)
     start, validated, logged, best = 0, 0, 0, -math.inf  # iterations trained, validated, logged; the highest mIoU
+    confusion = None  # of the last validation
     losses = torch.zeros(3, device=device)  # sums since the last entry of the log: loss, its two parts
     if state:
         start, validated, logged, best = (state[name] for name in ("iter", "validated", "logged", "best"))
@@ -266,7 +268,7 @@ def main() -> None:
             folder.save(name, state)
 
     def validate(iteration: int) -> None:
-        nonlocal validated, best
+        nonlocal validated, best, confusion
         confusion = score(model, val_set, num_classes, accelerator, args.workers, amp=amp)
         miou, iou = confusion.mean_iou(), confusion.iou().tolist()
         validated = iteration
@@ -368,19 +370,23 @@ def main() -> None:
     elif is_main:
         log_of_run = read_log(args.out)
         plot_curves([log_of_run], args.out / "curve.png")
+        if confusion:
+            save_scores(args.out / "scores.png", confusion.counts.cpu().numpy())
         model.eval()
         shown = [val_set[i] for i in range(0, len(val_set), max(len(val_set) // 4, 1))][:4]
-        predictions = [predict(model, photo[None], accelerator, amp).argmax(1)[0].byte().cpu() for photo, _ in shown]
-        photos = [photo.permute(1, 2, 0).numpy() for photo, _ in shown]
-        save_samples(
-            args.out / "samples.png", photos, [label.numpy() for _, label in shown], [p.numpy() for p in predictions]
-        )
+        coarse, final = [], []
+        for photo, _ in shown:
+            seen = explain(model, photo, accelerator, amp)
+            coarse.append(seen.coarse.argmax(0).numpy())
+            final.append(seen.final.argmax(0).numpy())
+        photos, labels = [photo.permute(1, 2, 0).numpy() for photo, _ in shown], [label.numpy() for _, label in shown]
+        save_samples(args.out / "samples.png", photos, labels, coarse, final)
         if args.demo:
             labels = [map(read_label_tensor, samples) for samples in (train_samples, val_samples)]
             baseline = row_baseline(*labels, num_classes).mean_iou()
             miou = log_of_run.val[-1]["mIoU"]
             say(f"mIoU {miou:.2%}; always the row's most frequent class, without looking at the photo: {baseline:.2%}")
-        say(f"wrote {args.out}/: best.pt (mIoU {best:.2%}), last.pt, log.jsonl, curve.png, samples.png")
+        say(f"wrote {args.out}/: best.pt (mIoU {best:.2%}), last.pt, log.jsonl, curve.png, samples.png, scores.png")
     accelerator.close()
     if stopping:
         sys.exit(128 + (stop.signal or signal.SIGTERM))  # as a shell says it: not done

@@ -39,22 +39,57 @@ def overlay(photo: np.ndarray, classes: np.ndarray, strength: float = 0.5) -> np
 
 
 def save_samples(
-    path: Path, photos: Sequence[np.ndarray], labels: Sequence[np.ndarray], predictions: Sequence[np.ndarray]
+    path: Path,
+    photos: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    coarse: Sequence[np.ndarray],
+    final: Sequence[np.ndarray],
 ) -> None:
-    """One row a picture: photo (H, W, 3), label (H, W), prediction (H, W); the classes' colours below."""
-    rows = len(photos)
-    aspect = photos[0].shape[0] / photos[0].shape[1]
-    width = 4.0  # inches of a picture
-    fig, axes = plt.subplots(
-        rows, 3, figsize=(3 * width, rows * width * aspect + 1.1), squeeze=False, layout="constrained"
-    )
-    for row, photo, label, prediction in zip(axes, photos, labels, predictions):
-        for axis, picture in zip(row, (photo, colourise(label), colourise(prediction))):
+    """One row a picture: photo (H, W, 3), label, coarse and final classes (H, W), and what is wrong."""
+    titles = ("photo", "label (black: not scored)", "coarse", "final", "wrong, as what")
+    fig, axes = panels(photos[0], len(photos), len(titles), 3.0, 1.1, title=0.1)
+    for row, photo, label, *classes in zip(axes.reshape(len(photos), -1), photos, labels, coarse, final):
+        pictures = (photo, colourise(label), *map(colourise, classes), colourise_errors(label, classes[-1]))
+        for axis, picture in zip(row, pictures):
             axis.imshow(picture, interpolation="nearest")
-            axis.set_axis_off()
-    for axis, title in zip(axes[0], ("photo", "label (black: not scored)", "prediction")):
+    for axis, title in zip(axes, titles):
         axis.set_title(title)
     class_legend(fig, range(len(CLASSES)))
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def colourise_errors(label: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """What wrong pixels (H, W) were taken for, in its colour; white where right, black where not scored."""
+    wrong = np.where((classes != label)[..., None], colourise(classes), 255).astype(np.uint8)
+    wrong[label == IGNORE] = 0
+    return wrong
+
+
+def save_scores(path: Path, counts: np.ndarray) -> None:
+    """IoU of each class as a bar, and the confusion matrix (K, K), rows the label's classes, as shares of each row."""
+    right, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    union = labelled + predicted - right
+    iou = 100 * right / np.where(union, union, np.nan)
+    shares = 100 * counts / np.where(labelled, labelled, np.nan)[:, None]
+    fig, (bars, matrix) = plt.subplots(1, 2, figsize=(16, 7.5), width_ratios=[1, 1.7], layout="constrained")
+    ticks = range(len(CLASS_NAMES))
+    bars.barh(ticks, np.nan_to_num(iou), color=PALETTE[: len(CLASS_NAMES)] / 255, edgecolor="0.3", linewidth=0.5)
+    for k in ticks:
+        bars.text(np.nan_to_num(iou[k]) + 1, k, "does not occur" if np.isnan(iou[k]) else f"{iou[k]:.1f}", va="center")
+    mean = f"{np.nanmean(iou):.2f} %" if union.any() else "nan"
+    bars.set(title=f"IoU, mean {mean}", xlabel="IoU (%)", xlim=(0, 112), ylim=(len(CLASS_NAMES) - 0.5, -0.5))
+    bars.set_yticks(ticks, CLASS_NAMES)
+    image = matrix.imshow(shares, vmin=0, vmax=100, cmap="magma")
+    matrix.set_xticks(ticks, CLASS_NAMES, rotation=45, ha="right")
+    matrix.set_yticks(ticks, CLASS_NAMES)
+    for i in ticks:
+        for j in ticks:
+            if shares[i, j] >= 0.5:
+                color = "black" if shares[i, j] > 60 else "white"
+                matrix.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
+    matrix.set(title="confusion: what the pixels of each class were taken for", xlabel="prediction", ylabel="label")
+    fig.colorbar(image, ax=matrix, label="share of the label's pixels (%)", shrink=0.9)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
@@ -96,9 +131,13 @@ def save_explanation(
     return paths
 
 
-def panels(photo: np.ndarray, rows: int, columns: int, width: float, extra: float = 0.6):
-    """A figure of pictures shaped as the photo, ``width`` inches each -> figure, axes (rows * columns,)."""
-    height = width * photo.shape[0] / photo.shape[1] + 0.3
+def panels(photo: np.ndarray, rows: int, columns: int, width: float, extra: float = 0.6, title: float = 0.3):
+    """A figure of pictures shaped as the photo, ``width`` inches each -> figure, axes (rows * columns,).
+
+    Args:
+        extra, title: inches that the figure and each row are higher than the pictures.
+    """
+    height = width * photo.shape[0] / photo.shape[1] + title
     fig, axes = plt.subplots(
         rows, columns, figsize=(columns * width, rows * height + extra), squeeze=False, layout="constrained"
     )
@@ -209,14 +248,12 @@ def draw_errors(label: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> plt
     scored = label != IGNORE
     fig, axes = panels(label, 2, 2, 6.5, 1.2)
     right, was_right = final == label, coarse == label
-    wrong = np.where((scored & ~right)[..., None], colourise(final), 255)
     change = np.full((*label.shape, 3), 255, np.uint8)
-    change[scored & right & ~was_right] = MENDED
-    change[scored & ~right & was_right] = SPOILED
-    for picture in (wrong, change):
-        picture[~scored] = 0
+    change[right & ~was_right] = MENDED
+    change[~right & was_right] = SPOILED
+    change[~scored] = 0
     share = [x[scored].mean() if scored.any() else np.nan for x in (right, right & ~was_right, ~right & was_right)]
-    pictures = (colourise(label), colourise(final), wrong, change)
+    pictures = (colourise(label), colourise(final), colourise_errors(label, final), change)
     titles = (
         "label (black: not scored)",
         f"final: {share[0]:.1%} of the scored pixels are right",
@@ -294,8 +331,12 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
     return (sums[stop] - sums[start]) / (stop - start)
 
 
-def plot_curves(runs: Sequence[Run], path: Path) -> None:
-    """Loss (raw and smoothed), learning rate and validation mIoU of one or more runs, a panel each."""
+def plot_curves(runs: Sequence[Run], path: Path, log_scale: bool = False) -> None:
+    """Loss (raw and smoothed), learning rate and validation mIoU of one or more runs, a panel each.
+
+    Args:
+        log_scale: for loss and learning rate.
+    """
     fig, (loss, lr, score) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for i, run in enumerate(runs):
         color = f"C{i % 10}"
@@ -316,8 +357,11 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
     lr.set(title="learning rate", xlabel="iteration", ylabel="learning rate")
     score.set(title="validation", xlabel="iteration", ylabel="mIoU (%)")
     score.margins(x=0.1, y=0.15)
+    if log_scale:
+        loss.set_yscale("log")
+        lr.set_yscale("log")
     for axis in (loss, lr, score):
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=0.3, which="both")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
         else:

@@ -15,6 +15,7 @@ from PIL import Image
 from ocrnet.errors import InputError
 from ocrnet.losses import ocr_loss
 from ocrnet.models import build_model
+from ocrnet.visualize import plot_curves, read_log
 from prepare_cityscapes import unpack
 from train import memory_estimate
 
@@ -100,7 +101,8 @@ def trained(script, data, tmp_path_factory):
 
 def test_two_ranks_train_validate_save_and_draw(trained):
     out, done = trained
-    assert {path.name for path in out.iterdir()} == {"log.jsonl", "last.pt", "best.pt", "curve.png", "samples.png"}
+    pictures = {"curve.png", "samples.png", "scores.png"}
+    assert {path.name for path in out.iterdir()} == {"log.jsonl", "last.pt", "best.pt", *pictures}
     log = entries(out / "log.jsonl")
     assert [(e["split"], e["iter"]) for e in log] == [
         ("train", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4), ("train", 5), ("train", 6), ("val", 6)
@@ -205,7 +207,10 @@ def test_plot_lays_a_run_beside_a_log_of_mmengine(script, trained, tmp_path):
     done = script("plot_curve.py", trained[0], log, "--out", tmp_path / "both.png")
     assert "two: 6 training entries, 2 validations" in done.stdout
     assert "original: 1 training entries, 1 validations, best mIoU 61.50%" in done.stdout
-    assert Image.open(tmp_path / "both.png").size == (1500, 450)
+    both = Image.open(tmp_path / "both.png")
+    assert both.size == (1500, 450)
+    plot_curves([read_log(trained[0]), read_log(log)], tmp_path / "log.png", log_scale=True)
+    assert np.any(np.asarray(both) != np.asarray(Image.open(tmp_path / "log.png")))
 
 
 # ---- errors ----

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +56,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="evaluate.py --ckpt FILE [options]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100),
     )
-    show = dict(help="(default: %(default)s)")
     parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="last.pt or best.pt of a run")
     group = parser.add_argument_group("scoring")
-    group.add_argument("--data", type=Path, default=Path("data/cityscapes"), metavar="DIR", **show)
-    group.add_argument("--split", default="val", **show)
+    group.add_argument(
+        "--data", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="the data set (default: %(default)s)"
+    )
+    group.add_argument("--split", metavar="NAME", default="val", help="train, val or test (default: %(default)s)")
     group.add_argument("--json", type=Path, metavar="FILE", help="write the scores there as well")
     group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs there instead of scoring")
     group.add_argument("--baseline", action="store_true", help="also score each row's most frequent class in training")
@@ -78,14 +80,20 @@ def parse_args() -> argparse.Namespace:
         help="whose relation --explain shows; may recur",
     )
     group = parser.add_argument_group("how to look at a photo")
-    group.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes to see it at (default: 1)")
+    group.add_argument(
+        "--scales", metavar="X", type=float, nargs="+", default=[1.0], help="sizes to see it at (default: 1)"
+    )
     group.add_argument("--flip", action="store_true", help="and mirrored as well; the mean of the softmaxes counts")
     group.add_argument("--slide", type=int, nargs=2, metavar=("H", "W"), help="through a window, where memory is short")
     group.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="(default: 2/3 of the window)")
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=KINDS, help="(default: the first of these that is there)")
+    group.add_argument(
+        "--device", metavar="NAME", choices=KINDS, help="sdaa, cuda or cpu (default: the first that is there)"
+    )
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
-    group.add_argument("--workers", type=int, default=2, help="loader processes a process (default: %(default)s)")
+    group.add_argument(
+        "--workers", metavar="N", type=int, default=2, help="loader processes a process (default: %(default)s)"
+    )
     args = parser.parse_args()
     if bool(args.images) != bool(args.save or args.explain):
         parser.error("--images goes with --save or --explain: which pictures, and where what is drawn of them goes")

@@ -8,6 +8,7 @@ A log is a run's folder, its log.jsonl, or the text that mmengine (mmsegmentatio
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ocrnet.errors import run
@@ -15,11 +16,16 @@ from ocrnet.visualize import plot_curves, read_log
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100),
+    )
     parser.add_argument(
         "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or mmengine's log"
     )
-    parser.add_argument("--out", type=Path, help="PNG to write (default: curve.png beside the first log)")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="PNG to write (default: curve.png beside the first log)"
+    )
     parser.add_argument("--log-scale", action="store_true", help="loss and learning rate on logarithmic axes")
     args = parser.parse_args()
     runs = [read_log(log) for log in args.logs]

@@ -13,6 +13,7 @@ import os
 import shutil
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,12 +32,19 @@ from ocrnet.errors import InputError, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, help="the data set's folder (default: data/cityscapes or data/synthetic)")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100),
+    )
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="the data set's folder (default: data/cityscapes or data/synthetic)"
+    )
     parser.add_argument("--zips", type=Path, metavar="DIR", help="folder with the downloaded *.zip (default: the root)")
     parser.add_argument("--synthetic", action="store_true", help="write the generated data set")
     parser.add_argument("--pack", action="store_true", help="copy train uncompressed beside it: 8.4 MB a picture")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.root is None:
         args.root = Path("data/synthetic" if args.synthetic else "data/cityscapes")

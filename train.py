@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,45 +55,86 @@ DEMO = dict(
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="train.py [options]"
+        description=__doc__,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100),
+        usage="train.py [options]",
     )
-    show = dict(help="(default: %(default)s)")
     group = parser.add_argument_group("what to train, on what")
     group.add_argument("--demo", action="store_true", help="generated data and short settings; flags still override")
-    group.add_argument("--data", type=Path, default=Path("data/cityscapes"), metavar="DIR", **show)
-    group.add_argument("--model", choices=VARIANTS, default="hr18", **show)
+    group.add_argument(
+        "--data", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="the data set (default: %(default)s)"
+    )
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        choices=VARIANTS,
+        default="hr18",
+        help="of " + ", ".join(VARIANTS) + " (default: %(default)s)",
+    )
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from these, such as an ImageNet HRNet's")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL)")
     group.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
     group.add_argument("--dry-run", action="store_true", help="say what would be trained, on what, and stop")
     group = parser.add_argument_group("recipe")
-    group.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="(default: 512 1024)")
     group.add_argument(
-        "--scales", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="(default: 0.5 2.0)"
+        "--crop",
+        type=int,
+        nargs=2,
+        default=[512, 1024],
+        metavar=("H", "W"),
+        help="pixels cut from a picture (default: 512 1024)",
     )
-    group.add_argument("--batch-size", type=int, default=2, help="pictures a process (default: %(default)s)")
+    group.add_argument(
+        "--scales",
+        type=float,
+        nargs=2,
+        default=[0.5, 2.0],
+        metavar=("MIN", "MAX"),
+        help="sizes at which pictures are seen (default: 0.5 2.0)",
+    )
+    group.add_argument(
+        "--batch-size", metavar="N", type=int, default=2, help="pictures a process (default: %(default)s)"
+    )
     group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches that make a step (default: 1)")
-    group.add_argument("--iters", type=int, default=40_000, **show)
-    group.add_argument("--lr", type=float, default=0.01, help="for a global batch of 8 (default: %(default)s)")
-    group.add_argument("--min-lr", type=float, default=1e-4, help="where lr ends (default: %(default)s)")
+    group.add_argument(
+        "--iters", metavar="N", type=int, default=40_000, help="steps of the optimizer (default: %(default)s)"
+    )
+    group.add_argument(
+        "--lr", metavar="X", type=float, default=0.01, help="for a global batch of 8 (default: %(default)s)"
+    )
+    group.add_argument("--min-lr", metavar="X", type=float, default=1e-4, help="where lr ends (default: %(default)s)")
     group.add_argument(
         "--colour", action=argparse.BooleanOptionalAction, default=True, help="colour change (default: on)"
     )
     group.add_argument("--class-weights", action="store_true", help="weigh classes as the authors do")
     group.add_argument("--ohem", type=float, metavar="P", help="only pixels whose class got less than P (0.7, 0.9)")
     group.add_argument("--align-corners", action="store_true", help="resize maps as the authors do")
-    group.add_argument("--dropout", type=float, help="before the classifier (default: 0, ResNet 0.1, authors 0.05)")
-    group.add_argument("--seed", type=int, default=0, **show)
+    group.add_argument(
+        "--dropout", metavar="P", type=float, help="before the classifier (default: 0, ResNet 0.1, authors 0.05)"
+    )
+    group.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of weights, order, crops, dropout (default: %(default)s)"
+    )
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=KINDS, help="(default: the first of these that is there)")
+    group.add_argument(
+        "--device", metavar="NAME", choices=KINDS, help="sdaa, cuda or cpu (default: the first that is there)"
+    )
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--workers", type=int, default=4, help="loader processes a process (default: %(default)s)")
-    group.add_argument("--timeout", type=float, default=600, help="seconds to wait for a process (default: 600)")
+    group.add_argument(
+        "--workers", metavar="N", type=int, default=4, help="loader processes a process (default: %(default)s)"
+    )
+    group.add_argument(
+        "--timeout", metavar="S", type=float, default=600, help="seconds to wait for a process (default: 600)"
+    )
     group = parser.add_argument_group("rhythm, in iterations")
-    group.add_argument("--val-every", type=int, default=4000, **show)
-    group.add_argument("--save-every", type=int, default=4000, **show)
-    group.add_argument("--log-every", type=int, default=50, **show)
+    group.add_argument(
+        "--val-every", metavar="N", type=int, default=4000, help="score the val split (default: %(default)s)"
+    )
+    group.add_argument("--save-every", metavar="N", type=int, default=4000, help="write last.pt (default: %(default)s)")
+    group.add_argument(
+        "--log-every", metavar="N", type=int, default=50, help="write a line of the log (default: %(default)s)"
+    )
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args()

@@ -20,12 +20,12 @@ import train
 from ocrnet.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from ocrnet.errors import InputError
 
-RHYTHM = ["--iters", 12, "--val-every", 6, "--save-every", 4, "--log-every", 3, "--dropout", 0.2]
+RHYTHM = ["--iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2, "--dropout", 0.2]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(script, data, tmp_path_factory):
-    """A run of twelve iterations on two processes."""
+    """A run of eight iterations on two processes."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     script("train.py", *RUN, *RHYTHM, "--data", data, "--out", out, processes=2)
     return out
@@ -96,7 +96,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path):
         "    save_checkpoint(Path(sys.argv[1]), {'model': {'x': torch.full((10**6,), i)}, 'config': i})"
     )
     path = tmp_path / "last.pt"
-    for _ in range(3):
+    for _ in range(2):
         writer = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
         until(path.exists)
         time.sleep(random.uniform(0, 0.2))
@@ -197,7 +197,7 @@ def test_what_may_change_in_a_run_is_said():
 def test_a_run_goes_on_with_other_processes_where_the_global_batch_stays(script, undisturbed, data, tmp_path):
     state = load_checkpoint(undisturbed / "last.pt")
     (tmp_path / "run").mkdir()
-    save_checkpoint(tmp_path / "run/last.pt", state | {"iter": 10, "logged": 9})
+    save_checkpoint(tmp_path / "run/last.pt", state | {"iter": 7, "logged": 6})
     flags = [*RUN, *RHYTHM, "--data", data, "--out", tmp_path / "run", "--resume", "--batch-size", 2, "--accumulate", 2]
     done = script("train.py", *flags)
     assert "NOTE: processes: 1, before 2" in done.stdout and "NOTE: --accumulate is 2, it was 1" in done.stdout
@@ -225,7 +225,7 @@ def test_two_hosts_train_what_one_host_with_as_many_processes_does(script, undis
 
 
 def test_a_process_that_no_longer_answers_ends_the_others_within_the_timeout(data, tmp_path):
-    flags = [*RUN, "--iters", 1000, "--log-every", 1, "--data", data, "--out", tmp_path / "run", "--timeout", 5]
+    flags = [*RUN, "--iters", 1000, "--log-every", 1, "--data", data, "--out", tmp_path / "run", "--timeout", 3]
     command = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [

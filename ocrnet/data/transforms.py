@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's RGB, on the scale 0 .. 255
 STD = (58.395, 57.12, 57.375)
-PAD_PHOTO = [124.0, 116.0, 104.0]  # the mean: about 0 after normalising
+PAD_PHOTO = (124, 116, 104)  # the mean: about 0 after normalising
 PAD_LABEL = 255  # not scored
 NO_CHANGE = (0.0, 1.0, 1.0, 0.0, 1.0)  # of colour
 
@@ -67,12 +66,12 @@ def draw_box(
 
 def cut_photo(photo: np.ndarray | Image.Image, box: Box, crop: tuple[int, int]) -> Tensor:
     """RGB or uint8 (H, W, 3) -> (3, h, w): between the four nearest pixels, also when shrinking, as OpenCV does it."""
-    return cut(torch.from_numpy(part(photo, box)).permute(2, 0, 1), box, crop, InterpolationMode.BILINEAR, PAD_PHOTO)
+    return cut(torch.from_numpy(part(photo, box)).permute(2, 0, 1), box, crop, "bilinear", PAD_PHOTO)
 
 
 def cut_label(label: np.ndarray, box: Box, crop: tuple[int, int]) -> Tensor:
     """uint8 (H, W) -> (h, w): the nearest pixel."""
-    return cut(torch.from_numpy(part(label, box))[None], box, crop, InterpolationMode.NEAREST, PAD_LABEL)[0]
+    return cut(torch.from_numpy(part(label, box))[None], box, crop, "nearest", (PAD_LABEL,))[0]
 
 
 def part(picture: np.ndarray | Image.Image, box: Box) -> np.ndarray:
@@ -82,11 +81,15 @@ def part(picture: np.ndarray | Image.Image, box: Box) -> np.ndarray:
     return np.array(picture[box.top : box.top + box.height, box.left : box.left + box.width])
 
 
-def cut(x: Tensor, box: Box, crop: tuple[int, int], mode: InterpolationMode, fill: int | list[float]) -> Tensor:
-    """Resize a box (C, box.height, box.width), mirror it, pad it at the right and below -> (C, h, w)."""
-    x = F.resize(x, box.size, mode, antialias=False)
+def cut(x: Tensor, box: Box, crop: tuple[int, int], mode: str, fill: tuple[int, ...]) -> Tensor:
+    """Resize a box (C, box.height, box.width), uint8, mirror it, pad it at the right and below -> (C, h, w)."""
+    x = F.interpolate(x[None], size=box.size, mode=mode)[0]
     x = x.flip(2) if box.mirrored else x
-    return F.pad(x, [0, 0, crop[1] - box.size[1], crop[0] - box.size[0]], fill) if box.size != list(crop) else x
+    if box.size == list(crop):
+        return x
+    padded = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, *crop)
+    padded[:, : x.shape[1], : x.shape[2]] = x
+    return padded
 
 
 def draw_colour(rng: random.Random) -> tuple[float, float, float, float, float]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .hrnet import HRNet
 from .ocr import OCRHead
-from .resnet import ResNet
 
 # The variants. Of HRNet: width C, HRModules in stages 2 to 4, residual blocks a branch. A new width is a new line here.
 HRNETS = {
@@ -86,6 +85,8 @@ def build_model(
         features = 15 * HRNETS[name]["width"]  # C + 2C + 4C + 8C
         head = OCRHead(features, features, features, num_classes, dropout=dropout or 0.0)
     elif name in RESNETS:
+        from .resnet import ResNet  # here, as torchvision takes a second to import
+
         backbone = ResNet(RESNETS[name], deep_stem)
         dropout = 0.1 if dropout is None else dropout
         head = OCRHead(2048, 1024, 256, num_classes, region_kernel_size=3, region_dropout=dropout, dropout=dropout)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..errors import InputError
 from .ocrnet import HRNETS, RESNETS, OCRNet, build_model
-from .resnet import ResNet
 
 # Beginnings of names, theirs to ours; a name that begins with none of them stays.
 MMSEGMENTATION = {
@@ -165,7 +164,7 @@ def adapt(model: OCRNet, tensors: dict[str, Tensor], source: str) -> None:
         for module in model.modules():
             if hasattr(module, "align_corners"):
                 module.align_corners = True
-    if "backbone.conv1.6.weight" in tensors and isinstance(model.backbone, ResNet):
+    if "backbone.conv1.6.weight" in tensors and model.config["name"] in RESNETS:
         model.config.update(deep_stem=True)
         model.backbone.use_deep_stem()
 

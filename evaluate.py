@@ -30,13 +30,14 @@ from ocrnet.data.cityscapes import (
     CATEGORY_OF,
     CLASS_NAMES,
     CLASSES,
+    Sample,
     WholeImages,
     check_samples,
+    class_counts,
     find_photos,
     find_samples,
     instance_path,
     label_path,
-    read_label,
     read_label_tensor,
     read_photo,
     to_tensor,
@@ -70,7 +71,9 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("pictures")
     group.add_argument("--images", type=Path, nargs="+", metavar="FILE_OR_DIR", help="colour these instead of scoring")
     group.add_argument("--save", type=Path, metavar="DIR", help="where the coloured pictures go")
-    group.add_argument("--explain", type=Path, metavar="DIR", help="draw each step of the method for them there")
+    group.add_argument(
+        "--explain", type=Path, metavar="DIR", help="draw each step of the method for them there, at scale 1"
+    )
     group.add_argument(
         "--pixel",
         type=int,
@@ -248,7 +251,18 @@ def colour_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accele
         print(f"{len(pictures)} pictures: NAME.png and NAME_overlay.png in {args.save}")
 
 
+def label_of(picture: Path) -> np.ndarray | None:
+    """The train ids (H, W) of a data set's photo, checked against it; None where there are none."""
+    photo = picture.resolve()
+    if not photo.name.endswith("_leftImg8bit.png") or len(photo.parents) < 4 or not label_path(photo).exists():
+        return None
+    sample = Sample(photo, label_path(photo))
+    class_counts(sample)
+    return read_label_tensor(sample).numpy()
+
+
 def explain_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
+    """A figure a step of the method, each photo seen once at its own size."""
     pictures = find_pictures(args.images)
     args.explain.mkdir(parents=True, exist_ok=True)
     for path in my_share(pictures, accelerator, "explaining"):
@@ -256,10 +270,7 @@ def explain_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accel
         for x, y in args.pixel or ():
             if not (0 <= x < photo.width and 0 <= y < photo.height):
                 raise InputError(f"--pixel {x} {y}: {path} is {photo.width}x{photo.height}")
-        label = None
-        if path.name.endswith("_leftImg8bit.png") and len(path.resolve().parts) > 4:
-            where = label_path(path.resolve())
-            label = np.asarray(read_label(where)) if where.exists() else None
+        label = label_of(path)
         seen = explain(model, to_tensor(photo), accelerator, how["amp"])
         written = save_explanation(str(args.explain / path.stem), np.asarray(photo), seen, args.pixel or (), label)
     if accelerator.is_main:

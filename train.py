@@ -196,6 +196,7 @@ def memory_estimate(model: OCRNet, batch_size: int, crop: tuple[int, int], amp: 
     The latter grows with the area: it is measured on two small images on the CPU, and drawn on as a straight line.
     What comes and goes beside it is left out: expect a tenth to a fifth more, and the device's own libraries.
     """
+    model.train()
     kept = []
     for width in (64, 128):
         storages = {}

@@ -131,7 +131,9 @@ def save_explanation(
     return paths
 
 
-def panels(photo: np.ndarray, rows: int, columns: int, width: float, extra: float = 0.6, title: float = 0.3):
+def panels(
+    photo: np.ndarray, rows: int, columns: int, width: float, extra: float = 0.6, title: float = 0.3
+) -> tuple[plt.Figure, np.ndarray]:
     """A figure of pictures shaped as the photo, ``width`` inches each -> figure, axes (rows * columns,).
 
     Args:

@@ -200,6 +200,15 @@ def test_pictures_of_any_size_are_coloured_and_explained(script, trained, data, 
         evaluate.main()
 
 
+def test_a_label_of_another_size_than_its_photo_is_refused(data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    photo = next(tmp_path.glob("leftImg8bit/val/*/*.png"))
+    assert evaluate.label_of(photo).shape == (128, 256) and evaluate.label_of(tmp_path / "street.jpg") is None
+    Image.new("RGB", (20, 10)).save(photo)
+    with pytest.raises(InputError, match="its photo is 20x10"):
+        evaluate.label_of(photo)
+
+
 def test_plot_lays_a_run_beside_a_log_of_mmengine(script, trained, tmp_path):
     log = tmp_path / "original.log"
     log.write_text(

@@ -25,11 +25,6 @@ from tqdm import tqdm
 
 from ocrnet.checkpoint import load_model
 from ocrnet.data.cityscapes import (
-    AVERAGE_INSTANCE,
-    CATEGORIES,
-    CATEGORY_OF,
-    CLASS_NAMES,
-    CLASSES,
     Sample,
     WholeImages,
     check_samples,
@@ -43,12 +38,13 @@ from ocrnet.data.cityscapes import (
     to_tensor,
     write_whole,
 )
+from ocrnet.data.classes import AVERAGE_INSTANCE, CITYSCAPES, ClassTable, read_classes
 from ocrnet.device import KINDS, Accelerator
 from ocrnet.errors import InputError, run
 from ocrnet.inference import explain, predict, score
 from ocrnet.metrics import ConfusionMatrix, InstanceScore, row_baseline
 from ocrnet.models import OCRNet
-from ocrnet.visualize import colourise, overlay, save_explanation
+from ocrnet.visualize import overlay, save_explanation
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -117,23 +113,23 @@ def plain(values: Tensor) -> list[float | None]:
     return [None if math.isnan(x) else x for x in values.tolist()]
 
 
-def summarise(confusion: ConfusionMatrix, instances: InstanceScore | None = None) -> dict:
+def summarise(confusion: ConfusionMatrix, table: ClassTable, instances: InstanceScore | None = None) -> dict:
     """Scores as plain numbers 0 .. 1; None for a class that is neither in the labels nor predicted."""
-    groups = confusion.merged(CATEGORY_OF).iou()
+    groups = confusion.merged(table.category_of).iou()
     present = confusion.present().cpu()
     scores = {
         "mIoU": confusion.mean_iou(),
         "mIoU_present": float(confusion.iou()[present].mean()),
         "mIoU_categories": float(groups.nanmean()),
         "pixel_accuracy": confusion.pixel_accuracy(),
-        "IoU": dict(zip(CLASS_NAMES, plain(confusion.iou()))),
-        "IoU_categories": dict(zip(CATEGORIES, plain(groups))),
-        "pixels": dict(zip(CLASS_NAMES, confusion.counts.sum(1).tolist())),
+        "IoU": dict(zip(table.names, plain(confusion.iou()))),
+        "IoU_categories": dict(zip(table.categories, plain(groups))),
+        "pixels": dict(zip(table.names, confusion.counts.sum(1).tolist())),
     }
     if instances:
         classes, categories = instances.iou(confusion)
-        scores["iIoU"] = dict(zip(CLASS_NAMES, plain(classes)))
-        scores["iIoU_categories"] = dict(zip(CATEGORIES, plain(categories)))
+        scores["iIoU"] = dict(zip(table.names, plain(classes)))
+        scores["iIoU_categories"] = dict(zip(table.categories, plain(categories)))
     return scores
 
 
@@ -145,48 +141,62 @@ def print_table(title: str, scores: dict, suffix: str = "") -> None:
     """A row a class or category: IoU, iIoU where there are instances, and the share of its pixels."""
     total = max(sum(scores["pixels"].values()), 1)
     columns = [name for name in ("IoU", "iIoU") if name in scores]
-    print(f"{title:15}" + "".join(f"{name + ' %':>9}" for name in columns) + ("" if suffix else f"{'% of pixels':>14}"))
+    width = max(15, *(len(name) + 2 for name in scores["IoU" + suffix]))
+    print(
+        f"{title:{width}}"
+        + "".join(f"{name + ' %':>9}" for name in columns)
+        + ("" if suffix else f"{'% of pixels':>14}")
+    )
     for name in scores["IoU" + suffix]:
         share = "" if suffix else f"{100 * scores['pixels'][name] / total:14.3f}"
-        print(f"{name:15}" + "".join(percent(scores[column + suffix][name]) for column in columns) + share)
+        print(f"{name:{width}}" + "".join(percent(scores[column + suffix][name]) for column in columns) + share)
 
 
 def print_scores(scores: dict) -> None:
     print_table("class", scores)
     counted = [name for name, iou in scores["IoU"].items() if iou is not None]
-    absent = [name for name in CLASS_NAMES if not scores["pixels"][name]]
-    print(f"{'mIoU':15}{percent(scores['mIoU'])}   mean of {len(counted)} of {len(CLASS_NAMES)} classes")
+    absent = [name for name, pixels in scores["pixels"].items() if not pixels]
+    print(f"{'mIoU':15}{percent(scores['mIoU'])}   mean of {len(counted)} of {len(scores['IoU'])} classes")
     if absent:
-        present = len(CLASS_NAMES) - len(absent)
+        present = len(scores["IoU"]) - len(absent)
         print(f"{'mIoU, occurring':15}{percent(scores['mIoU_present'])}   mean of the {present} that occur")
         print(f"{'':15}{len(absent)} classes do not occur in these labels: {', '.join(absent)}")
         strays = [name for name in absent if name in counted]
         if strays:
             print(f"{'':15}of these predicted somewhere, which counts as IoU 0: {', '.join(strays)}")
     print()
-    print_table("category", scores, "_categories")
-    print(f"{'mIoU':15}{percent(scores['mIoU_categories'])}\n")
+    if len(scores["IoU_categories"]) < len(scores["IoU"]):  # there are groups
+        print_table("category", scores, "_categories")
+        print(f"{'mIoU':15}{percent(scores['mIoU_categories'])}\n")
     print(f"{'pixel accuracy':15}{percent(scores['pixel_accuracy'])}")
 
 
-def score_split(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
+def score_split(
+    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, how: dict
+) -> None:
+    own = read_classes(args.data)
+    if own.names != table.names:
+        raise InputError(
+            f"--data {args.data}: its classes are {', '.join(own.names)}; {args.ckpt} was trained on "
+            f"{', '.join(table.names)}: score it on the data it is of, or mend classes.json"
+        )
     samples = find_samples(args.data, args.split)
-    check_samples(samples[accelerator.rank :: accelerator.world_size], quiet=not accelerator.is_main)
+    check_samples(samples[accelerator.rank :: accelerator.world_size], len(table), quiet=not accelerator.is_main)
     accelerator.barrier()
     instances = None
-    if all(instance_path(sample).exists() for sample in samples):
-        sizes = torch.tensor([AVERAGE_INSTANCE.get(name, math.nan) for name in CLASS_NAMES], dtype=torch.float64)
-        instances = InstanceScore(sizes, CATEGORY_OF, accelerator.device)
+    if table.names == CITYSCAPES.names and all(instance_path(sample).exists() for sample in samples):
+        sizes = torch.tensor([AVERAGE_INSTANCE.get(name, math.nan) for name in table.names], dtype=torch.float64)
+        instances = InstanceScore(sizes, table.category_of, accelerator.device)
     dataset = WholeImages(samples, instances=instances is not None)
-    confusion = score(model, dataset, len(CLASS_NAMES), accelerator, args.workers, instances, **how)
+    confusion = score(model, dataset, len(table), accelerator, args.workers, instances, **how)
     if not accelerator.is_main:
         return
-    scores = summarise(confusion, instances)
+    scores = summarise(confusion, table, instances)
     print(f"{args.ckpt} on {args.data}, {args.split}: {len(samples)} pictures\n")
     print_scores(scores)
     if args.baseline:
         labels = [map(read_label_tensor, found) for found in (find_samples(args.data, "train"), samples)]
-        baseline = scores["row_baseline"] = summarise(row_baseline(*labels, len(CLASS_NAMES)))
+        baseline = scores["row_baseline"] = summarise(row_baseline(*labels, len(table)), table)
         numbers = f"mIoU {100 * baseline['mIoU']:.2f}, of the classes that occur {100 * baseline['mIoU_present']:.2f}"
         print(f"\nalways the row's most frequent class in training, without looking at the photo: {numbers}")
     if args.json:
@@ -239,30 +249,36 @@ def save_png(picture: np.ndarray, path: Path) -> None:
         Image.fromarray(picture).save(part, format="PNG")
 
 
-def colour_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
+def colour_pictures(
+    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, how: dict
+) -> None:
     pictures = find_pictures(args.images)
     args.save.mkdir(parents=True, exist_ok=True)
     for path in my_share(pictures, accelerator, "colouring"):
         photo = read_photo(path)
-        classes = predict_classes(model, photo, accelerator, how)
-        save_png(colourise(classes), args.save / f"{path.stem}.png")
-        save_png(overlay(np.asarray(photo), classes), args.save / f"{path.stem}_overlay.png")
+        colours = table.palette[predict_classes(model, photo, accelerator, how)]
+        save_png(colours, args.save / f"{path.stem}.png")
+        save_png(overlay(np.asarray(photo), colours), args.save / f"{path.stem}_overlay.png")
     if accelerator.is_main:
         print(f"{len(pictures)} pictures: NAME.png and NAME_overlay.png in {args.save}")
 
 
-def label_of(picture: Path) -> np.ndarray | None:
+def label_of(picture: Path, num_classes: int) -> np.ndarray | None:
     """The train ids (H, W) of a data set's photo, checked against it; None where there are none."""
     photo = picture.resolve()
     if not photo.name.endswith("_leftImg8bit.png") or len(photo.parents) < 4 or not label_path(photo).exists():
         return None
     sample = Sample(photo, label_path(photo))
-    class_counts(sample)
+    class_counts(sample, num_classes)
     return read_label_tensor(sample).numpy()
 
 
-def explain_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
+def explain_pictures(
+    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, how: dict
+) -> None:
     """A figure a step of the method, each photo seen once at its own size."""
+    if model.config["head"] != "ocr":
+        raise InputError(f"--explain: {args.ckpt} has head {model.config['head']}, which has no regions: use --save")
     pictures = find_pictures(args.images)
     args.explain.mkdir(parents=True, exist_ok=True)
     for path in my_share(pictures, accelerator, "explaining"):
@@ -270,17 +286,20 @@ def explain_pictures(model: OCRNet, args: argparse.Namespace, accelerator: Accel
         for x, y in args.pixel or ():
             if not (0 <= x < photo.width and 0 <= y < photo.height):
                 raise InputError(f"--pixel {x} {y}: {path} is {photo.width}x{photo.height}")
-        label = label_of(path)
+        label = label_of(path, len(table))
         seen = explain(model, to_tensor(photo), accelerator, how["amp"])
-        written = save_explanation(str(args.explain / path.stem), np.asarray(photo), seen, args.pixel or (), label)
+        prefix = str(args.explain / path.stem)
+        written = save_explanation(prefix, np.asarray(photo), seen, table, args.pixel or (), label)
     if accelerator.is_main:
         print(f"{len(pictures)} pictures explained, {len(written)} figures each, as {written[0]} and so on")
 
 
-def export_split(model: OCRNet, args: argparse.Namespace, accelerator: Accelerator, how: dict) -> None:
+def export_split(
+    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, how: dict
+) -> None:
     """Label ids, one PNG a photo, of its size and under its name: what the test server takes."""
     photos = find_photos(args.data, args.split)
-    label_ids = np.array([label.id for label in CLASSES], np.uint8)  # train id -> label id
+    label_ids = np.array(table.ids, np.uint8)  # train id -> label id
     args.export.mkdir(parents=True, exist_ok=True)
     for path in my_share(photos, accelerator, "exporting"):
         classes = predict_classes(model, read_photo(path), accelerator, how)
@@ -299,14 +318,17 @@ def main() -> None:
         slide=args.slide,
         stride=args.stride,
     )
-    model = load_model(args.ckpt)
-    if model.config["num_classes"] != len(CLASSES):
-        found = model.config["num_classes"]
-        raise InputError(f"--ckpt {args.ckpt}: a model of {found} classes: expected Cityscapes' {len(CLASSES)}")
+    model, table = load_model(args.ckpt)
+    table = table or read_classes(args.data)
+    if model.config["num_classes"] != len(table):
+        raise InputError(
+            f"--ckpt {args.ckpt}: a model of {model.config['num_classes']} classes whose names are not in the file: "
+            f"expected {len(table)}, or --data DIR with a classes.json of as many"
+        )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     tasks = [task for task, asked in ((colour_pictures, args.save), (explain_pictures, args.explain)) if asked]
     for task in tasks or [export_split if args.export else score_split]:
-        task(model, args, accelerator, how)
+        task(model, table, args, accelerator, how)
     accelerator.close()
 
 

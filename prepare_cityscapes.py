@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ocrnet.data.cityscapes import (
-    CLASS_NAMES,
     check_samples,
     find_samples,
     pack_samples,
@@ -27,6 +26,7 @@ from ocrnet.data.cityscapes import (
     write_missing_train_ids,
     write_whole,
 )
+from ocrnet.data.classes import read_classes
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.errors import InputError, run
 
@@ -93,19 +93,20 @@ def unpack(archive_path: Path, root: Path) -> None:
 
 def print_summary(root: Path) -> None:
     """Pictures a split, and each class's share of the labelled pixels."""
-    shares = {}
+    table, shares = read_classes(root), {}
     for split in sorted(path.name for path in (root / "leftImg8bit").iterdir() if path.is_dir()):
         if split == "test":  # its labels are dummies
             photos = len(list((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")))
             print(f"{split}: {photos} pictures, whose labels are not public")
             continue
         samples = find_samples(root, split)
-        counts = check_samples(samples).sum(0)
+        counts = check_samples(samples, len(table)).sum(0)
         print(f"{split}: {len(samples)} pictures, {counts[:-1].sum() / counts.sum():.1%} of their pixels labelled")
         shares[split] = counts[:-1] / max(counts[:-1].sum(), 1)
-    print(f"\n{'class':15}" + "".join(f"{split:>9}" for split in shares))
-    for k, name in enumerate(CLASS_NAMES):
-        print(f"{name:15}" + "".join(f"{share[k]:9.3%}" for share in shares.values()))
+    width = max(map(len, ("class", *table.names))) + 2
+    print(f"\n{'class':{width}}" + "".join(f"{split:>9}" for split in shares))
+    for k, name in enumerate(table.names):
+        print(f"{name:{width}}" + "".join(f"{share[k]:9.3%}" for share in shares.values()))
 
 
 def main() -> None:

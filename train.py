@@ -26,8 +26,6 @@ from tqdm import tqdm
 
 from ocrnet.checkpoint import RunFolder, load_checkpoint, restore_model
 from ocrnet.data.cityscapes import (
-    CLASS_NAMES,
-    CLASS_WEIGHTS,
     EndlessSampler,
     RandomCrops,
     WholeImages,
@@ -37,14 +35,15 @@ from ocrnet.data.cityscapes import (
     read_label_tensor,
     write_missing_train_ids,
 )
+from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, read_classes
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import to_input
 from ocrnet.device import KINDS, Accelerator
 from ocrnet.errors import InputError, run
-from ocrnet.inference import explain, score
+from ocrnet.inference import score, segment
 from ocrnet.losses import ocr_loss, poly_lr
 from ocrnet.metrics import row_baseline
-from ocrnet.models import VARIANTS, OCRNet, build_model, load_weights
+from ocrnet.models import HEADS, VARIANTS, OCRNet, build_model, load_weights
 from ocrnet.visualize import plot_curves, read_log, save_samples, save_scores
 
 DEMO = dict(
@@ -71,6 +70,7 @@ def parse_args() -> argparse.Namespace:
         default="hr18",
         help="of " + ", ".join(VARIANTS) + " (default: %(default)s)",
     )
+    group.add_argument("--head", metavar="NAME", choices=HEADS, default="ocr", help="ocr, or fcn: the backbone alone")
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from these, such as an ImageNet HRNet's")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL)")
     group.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
@@ -172,7 +172,7 @@ def check_resumable(state: dict, args: argparse.Namespace, run: dict, last: Path
     if not {"optimizer", "args", "run"} <= state.keys():
         raise InputError(f"{last}: holds a model but no run to go on with: start from it with --weights")
     before = state["args"]
-    for name in ("model", "align_corners", "dropout", "iters", "seed"):
+    for name in ("model", "head", "align_corners", "dropout", "iters", "seed"):
         now = getattr(args, name)
         if now != before[name]:
             raise InputError(f"--{name.replace('_', '-')} {now}: {last} is of a run with {before[name]}")
@@ -208,7 +208,7 @@ def memory_estimate(model: OCRNet, batch_size: int, crop: tuple[int, int], amp: 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 outputs = model(torch.zeros(2, 3, 64, width).contiguous(memory_format=torch.channels_last))
-            loss, _ = ocr_loss(*outputs, torch.zeros(2, 64, width, dtype=torch.long))
+            loss, _ = ocr_loss(outputs, torch.zeros(2, 64, width, dtype=torch.long))
         kept.append(sum(storages.values()))
         del loss, outputs
     a_pixel = (kept[1] - kept[0]) / (2 * 64 * 64)
@@ -230,27 +230,31 @@ def main() -> None:
         write_dataset(args.data)
         write_missing_train_ids(args.data)
     accelerator.barrier()
+    table = read_classes(args.data)
+    if args.class_weights and table.names != CITYSCAPES.names:
+        raise InputError(f"--class-weights: are of Cityscapes' classes, not of those in {args.data}/classes.json")
     train_samples, val_samples = find_samples(args.data, "train"), find_samples(args.data, "val")
-    check_samples((train_samples + val_samples)[rank::world_size], quiet=not is_main)
+    check_samples((train_samples + val_samples)[rank::world_size], len(table), quiet=not is_main)
     accelerator.barrier()
     train_set = RandomCrops(train_samples, args.crop, args.seed, args.scales, args.colour)
     val_set = WholeImages(val_samples)
-    num_classes = len(CLASS_NAMES)
 
     # ---- model, optimizer, and where a stopped run stood ----
     torch.manual_seed(args.seed)
-    model = build_model(args.model, num_classes, args.align_corners, args.dropout)
+    model = build_model(args.model, len(table), args.align_corners, args.dropout, head=args.head)
     model = model.to(memory_format=torch.channels_last)
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"OCRNet {args.model}: {parameters:,} parameters, on {accelerator}, " + ("mixed precision" if amp else "fp32"))
-    say(f"{args.data}: {len(train_samples)} training and {len(val_samples)} validation pictures")
+    network = f"OCRNet {args.model}" if args.head == "ocr" else f"{args.model} with head {args.head}"
+    say(f"{network}: {parameters:,} parameters, on {accelerator}, " + ("mixed precision" if amp else "fp32"))
+    found = f"{len(train_samples)} training and {len(val_samples)} validation pictures"
+    say(f"{args.data}: {found}, {len(table)} classes")
     settings = f"{args.iters:,} iterations of {global_batch} crops of {args.crop[0]}x{args.crop[1]}, lr {args.lr}"
     say(f"{settings}, seed {args.seed}; writing to {args.out}")
     if global_batch != 8 and not args.demo:
         say(f"NOTE: the recipe's lr 0.01 is for a global batch of 8; here it is {global_batch}.")
     last = args.out / "last.pt"
     run = {
-        "classes": num_classes,
+        "classes": ", ".join(table.names),
         "global batch": global_batch,
         "training pictures": len(train_set),
         "processes": world_size,
@@ -298,6 +302,7 @@ def main() -> None:
             state = {
                 "model": model.state_dict(),
                 "config": model.config,
+                "classes": table.rows(),
                 "iter": iteration,
                 "validated": validated,
                 "logged": logged,
@@ -312,13 +317,13 @@ def main() -> None:
 
     def validate(iteration: int) -> None:
         nonlocal validated, best, confusion
-        confusion = score(model, val_set, num_classes, accelerator, args.workers, amp=amp)
+        confusion = score(model, val_set, len(table), accelerator, args.workers, amp=amp)
         miou, iou = confusion.mean_iou(), confusion.iou().tolist()
         validated = iteration
         if miou > best:
             best = miou
             save("best.pt", iteration)
-        named = {name: None if math.isnan(x) else x for name, x in zip(CLASS_NAMES, iou)}
+        named = {name: None if math.isnan(x) else x for name, x in zip(table.names, iou)}
         log({"split": "val", "iter": iteration, "mIoU": None if math.isnan(miou) else miou, "IoU": named})
         say(f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}")
 
@@ -361,7 +366,7 @@ def main() -> None:
             ddp_model.require_backward_grad_sync = part == args.accumulate - 1  # DDP: processes meet once a step
             with accelerator.autocast(amp):
                 outputs = ddp_model(image)  # logits and region logits, (B, K, H, W) each
-            loss, parts = ocr_loss(*outputs, label.long(), class_weights, args.ohem)
+            loss, parts = ocr_loss(outputs, label.long(), class_weights, args.ohem)
             del outputs  # the largest maps there are; the backward pass needs them no more
             scaler.scale(loss / args.accumulate).backward()
             losses += torch.cat([loss.detach()[None], parts]) / args.accumulate
@@ -414,19 +419,15 @@ def main() -> None:
         log_of_run = read_log(args.out)
         plot_curves([log_of_run], args.out / "curve.png")
         if confusion:
-            save_scores(args.out / "scores.png", confusion.counts.cpu().numpy())
+            save_scores(args.out / "scores.png", confusion.counts.cpu().numpy(), table)
         model.eval()
         shown = [val_set[i] for i in range(0, len(val_set), max(len(val_set) // 4, 1))][:4]
-        coarse, final = [], []
-        for photo, _ in shown:
-            seen = explain(model, photo, accelerator, amp)
-            coarse.append(seen.coarse.argmax(0).numpy())
-            final.append(seen.final.argmax(0).numpy())
+        outputs = [segment(model, photo, accelerator, amp) for photo, _ in shown]
         photos, labels = [photo.permute(1, 2, 0).numpy() for photo, _ in shown], [label.numpy() for _, label in shown]
-        save_samples(args.out / "samples.png", photos, labels, coarse, final)
+        save_samples(args.out / "samples.png", photos, labels, outputs, table)
         if args.demo:
             labels = [map(read_label_tensor, samples) for samples in (train_samples, val_samples)]
-            baseline = row_baseline(*labels, num_classes).mean_iou()
+            baseline = row_baseline(*labels, len(table)).mean_iou()
             miou = log_of_run.val[-1]["mIoU"]
             say(f"mIoU {miou:.2%}; always the row's most frequent class, without looking at the photo: {baseline:.2%}")
         say(f"wrote {args.out}/: best.pt (mIoU {best:.2%}), last.pt, log.jsonl, curve.png, samples.png, scores.png")

@@ -2,8 +2,8 @@
 
 A checkpoint holds tensors (on the CPU, so that any machine can read them) and plain Python only:
 
-{"model": state_dict, "config": arguments of build_model, "iter": iterations done, "best": best mIoU,
- "optimizer": state_dict, "scaler": state_dict, "args": the flags of the run, ...}
+{"model": state_dict, "config": arguments of build_model, "classes": the class table in the form of classes.json,
+ "iter": iterations done, "best": best mIoU, "optimizer": state_dict, "scaler": state_dict, "args": flags, ...}
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .data.cityscapes import write_whole
+from .data.classes import ClassTable
 from .errors import InputError
 from .models import OCRNet, build_model
 from .models.weights import build_for, read_file
@@ -91,14 +92,16 @@ def restore_model(state: dict, path: Path) -> OCRNet:
     return model
 
 
-def load_model(path: Path) -> OCRNet:
-    """The model of a file, with its weights, ready to predict.
+def load_model(path: Path) -> tuple[OCRNet, ClassTable | None]:
+    """The model of a file, with its weights, ready to predict, and what its classes are, if the file says so.
 
     Takes this project's checkpoints, and whole OCRNets of mmsegmentation and of the authors.
     """
     state = read_file(path)
-    model = restore_model(state, path) if is_checkpoint(state) else build_for(path)
-    return model.eval()
+    if not is_checkpoint(state):
+        return build_for(path).eval(), None
+    table = ClassTable.from_rows(state["classes"], str(path)) if "classes" in state else None
+    return restore_model(state, path).eval(), table
 
 
 class RunFolder:

@@ -6,6 +6,7 @@ Letters: B batch, K classes, H W a picture's size.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,6 +81,15 @@ def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], stride: tu
             total[area] += logits
             counts[area] += 1
     return total / counts
+
+
+@torch.inference_mode()
+def segment(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool = False) -> list[np.ndarray]:
+    """One photo, uint8 (3, H, W), seen once at its own size -> classes (H, W) of each output, the final one first."""
+    image = to_input(photo[None].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast(amp):
+        outputs = model(image)
+    return [logits[0].argmax(0).cpu().numpy() for logits in outputs]
 
 
 class Explanation(NamedTuple):

@@ -3,6 +3,8 @@
 Letters: B batch, K classes, H W the crop's size, t an iteration, T their number.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,16 +53,21 @@ def losses_of_pixels(logits: Tensor, label: Tensor, weight: Tensor | None, ignor
 
 
 def ocr_loss(
-    logits: Tensor, region_logits: Tensor, label: Tensor, weight: Tensor | None = None, ohem: float | None = None
+    outputs: Sequence[Tensor], label: Tensor, weight: Tensor | None = None, ohem: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-> loss to minimise, and its two parts (2,) without gradient: of the final segmentation and of the regions.
+    """Cross-entropy of the final segmentation + 0.4 of the soft object regions.
+
+    -> the loss to minimise, and its parts (final, regions) without gradient; the latter is 0 where there are none.
 
     Args:
+        outputs: logits and, but for FCNHead, region logits (B, K, H, W).
+        label: (B, H, W) int64.
         weight: of each class (K,).
         ohem: count only pixels of the final segmentation that are this hard; see ``hard_pixel_loss``.
     """
+    logits, *region_logits = outputs
     final = pixel_loss(logits, label, weight) if ohem is None else hard_pixel_loss(logits, label, ohem, weight=weight)
-    regions = pixel_loss(region_logits, label, weight)
+    regions = sum((pixel_loss(x, label, weight) for x in region_logits), start=torch.zeros_like(final))
     return final + REGION_WEIGHT * regions, torch.stack([final.detach(), regions.detach()])
 
 

@@ -1,6 +1,6 @@
-"""Pictures: class maps in Cityscapes' colours, samples side by side, the method step by step, a run's curves.
+"""Pictures: class maps in the data set's colours, samples side by side, the method step by step, a run's curves.
 
-Letters: H W a picture's size, K classes.
+Letters: H W a picture's size, h w the feature map's, K classes.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
-from .data.cityscapes import CLASS_NAMES, CLASSES, IGNORE
+from .data.classes import IGNORE, ClassTable
 from .errors import InputError
 from .inference import Explanation
 
@@ -21,68 +21,60 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Patch
 
-PALETTE = np.zeros((256, 3), np.uint8)  # train id -> RGB; 255 is black
-for _label in CLASSES:
-    PALETTE[_label.train_id] = _label.color
 MENDED, SPOILED = (0, 150, 0), (220, 0, 0)
 
 
-def colourise(classes: np.ndarray) -> np.ndarray:
-    """Train ids (H, W) -> Cityscapes' colours, uint8 (H, W, 3)."""
-    return PALETTE[classes]
-
-
-def overlay(photo: np.ndarray, classes: np.ndarray, strength: float = 0.5) -> np.ndarray:
-    """Photo uint8 (H, W, 3) with the classes (H, W) laid over it; unlabelled pixels stay as they are."""
-    mixed = (1 - strength) * photo + strength * colourise(classes)
-    return np.where((classes == IGNORE)[..., None], photo, mixed).round().astype(np.uint8)
+def overlay(photo: np.ndarray, colours: np.ndarray, strength: float = 0.5) -> np.ndarray:
+    """A photo and its classes' colours, both uint8 (H, W, 3), laid over each other."""
+    return ((1 - strength) * photo + strength * colours).round().astype(np.uint8)
 
 
 def save_samples(
-    path: Path,
-    photos: Sequence[np.ndarray],
-    labels: Sequence[np.ndarray],
-    coarse: Sequence[np.ndarray],
-    final: Sequence[np.ndarray],
+    path: Path, photos: Sequence[np.ndarray], labels: Sequence[np.ndarray], outputs: Sequence[list], table: ClassTable
 ) -> None:
-    """One row a picture: photo (H, W, 3), label, coarse and final classes (H, W), and what is wrong."""
-    titles = ("photo", "label (black: not scored)", "coarse", "final", "wrong, as what")
+    """One row a picture: photo (H, W, 3), label, the network's outputs, and what is wrong in the final one.
+
+    Args:
+        outputs: of each photo the final and, with the OCR head, the coarse classes (H, W).
+    """
+    predictions = ("coarse", "final")[-len(outputs[0]) :]
+    titles = ("photo", "label (black: not scored)", *predictions, "wrong, as what")
     fig, axes = panels(photos[0], len(photos), len(titles), 3.0, 1.1, title=0.1)
-    for row, photo, label, *classes in zip(axes.reshape(len(photos), -1), photos, labels, coarse, final):
-        pictures = (photo, colourise(label), *map(colourise, classes), colourise_errors(label, classes[-1]))
-        for axis, picture in zip(row, pictures):
+    for row, photo, label, classes in zip(axes.reshape(len(photos), -1), photos, labels, outputs):
+        maps = [table.palette[x] for x in (label, *reversed(classes))]
+        for axis, picture in zip(row, (photo, *maps, colour_errors(label, classes[0], table))):
             axis.imshow(picture, interpolation="nearest")
     for axis, title in zip(axes, titles):
         axis.set_title(title)
-    class_legend(fig, range(len(CLASSES)))
+    class_legend(fig, range(len(table)), table)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
-def colourise_errors(label: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def colour_errors(label: np.ndarray, classes: np.ndarray, table: ClassTable) -> np.ndarray:
     """What wrong pixels (H, W) were taken for, in its colour; white where right, black where not scored."""
-    wrong = np.where((classes != label)[..., None], colourise(classes), 255).astype(np.uint8)
+    wrong = np.where((classes != label)[..., None], table.palette[classes], 255).astype(np.uint8)
     wrong[label == IGNORE] = 0
     return wrong
 
 
-def save_scores(path: Path, counts: np.ndarray) -> None:
+def save_scores(path: Path, counts: np.ndarray, table: ClassTable) -> None:
     """IoU of each class as a bar, and the confusion matrix (K, K), rows the label's classes, as shares of each row."""
     right, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     union = labelled + predicted - right
     iou = 100 * right / np.where(union, union, np.nan)
     shares = 100 * counts / np.where(labelled, labelled, np.nan)[:, None]
     fig, (bars, matrix) = plt.subplots(1, 2, figsize=(16, 7.5), width_ratios=[1, 1.7], layout="constrained")
-    ticks = range(len(CLASS_NAMES))
-    bars.barh(ticks, np.nan_to_num(iou), color=PALETTE[: len(CLASS_NAMES)] / 255, edgecolor="0.3", linewidth=0.5)
+    ticks = range(len(table))
+    bars.barh(ticks, np.nan_to_num(iou), color=table.palette[: len(table)] / 255, edgecolor="0.3", linewidth=0.5)
     for k in ticks:
         bars.text(np.nan_to_num(iou[k]) + 1, k, "does not occur" if np.isnan(iou[k]) else f"{iou[k]:.1f}", va="center")
     mean = f"{np.nanmean(iou):.2f} %" if union.any() else "nan"
-    bars.set(title=f"IoU, mean {mean}", xlabel="IoU (%)", xlim=(0, 112), ylim=(len(CLASS_NAMES) - 0.5, -0.5))
-    bars.set_yticks(ticks, CLASS_NAMES)
+    bars.set(title=f"IoU, mean {mean}", xlabel="IoU (%)", xlim=(0, 112), ylim=(len(table) - 0.5, -0.5))
+    bars.set_yticks(ticks, table.names)
     image = matrix.imshow(shares, vmin=0, vmax=100, cmap="magma")
-    matrix.set_xticks(ticks, CLASS_NAMES, rotation=45, ha="right")
-    matrix.set_yticks(ticks, CLASS_NAMES)
+    matrix.set_xticks(ticks, table.names, rotation=45, ha="right")
+    matrix.set_yticks(ticks, table.names)
     for i in ticks:
         for j in ticks:
             if shares[i, j] >= 0.5:
@@ -101,6 +93,7 @@ def save_explanation(
     prefix: str,
     photo: np.ndarray,
     seen: Explanation,
+    table: ClassTable,
     pixels: Sequence[tuple[int, int]] = (),
     label: np.ndarray | None = None,
 ) -> list[Path]:
@@ -115,14 +108,14 @@ def save_explanation(
     confidence = seen.final.amax(0).numpy()
     pixels = list(pixels) or surest_pixels(final, confidence)
     figures = {
-        "1_regions": draw_regions(photo, seen.m.numpy()),
-        "2_representations": draw_representations(seen.f.numpy()),
-        "3_relation": draw_relation(photo, seen.w.numpy(), final, pixels),
-        "4_segmentations": draw_segmentations(photo, coarse, final),
+        "1_regions": draw_regions(photo, seen.m.numpy(), table),
+        "2_representations": draw_representations(seen.f.numpy(), table),
+        "3_relation": draw_relation(photo, seen.w.numpy(), final, pixels, table),
+        "4_segmentations": draw_segmentations(photo, coarse, final, table),
         "5_confidence": draw_confidence(photo, confidence),
     }
     if label is not None:
-        figures["6_errors"] = draw_errors(label, coarse, final)
+        figures["6_errors"] = draw_errors(label, coarse, final, table)
     paths = []
     for name, fig in figures.items():
         paths.append(Path(f"{prefix}_{name}.png"))
@@ -148,9 +141,9 @@ def panels(
     return fig, axes.ravel()
 
 
-def class_legend(fig: plt.Figure, classes: Iterable[int], columns: int = 10) -> None:
-    patches = [Patch(color=PALETTE[k] / 255, label=CLASS_NAMES[k]) for k in classes]
-    fig.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+def class_legend(fig: plt.Figure, classes: Iterable[int], table: ClassTable) -> None:
+    patches = [Patch(color=table.palette[k] / 255, label=table.names[k]) for k in classes]
+    fig.legend(handles=patches, loc="outside lower center", ncols=10, frameon=False, fontsize=9)
 
 
 def surest_pixels(final: np.ndarray, confidence: np.ndarray) -> list[tuple[int, int]]:
@@ -162,12 +155,12 @@ def surest_pixels(final: np.ndarray, confidence: np.ndarray) -> list[tuple[int, 
     return found
 
 
-def draw_regions(photo: np.ndarray, m: np.ndarray) -> plt.Figure:
+def draw_regions(photo: np.ndarray, m: np.ndarray, table: ClassTable) -> plt.Figure:
     """Soft object regions (K, h, w), as multiples of 1/N, which each pixel would have if all weighed the same."""
-    fig, axes = panels(photo, 4, 5, 3.0, 0.9)
+    fig, axes = panels(photo, len(table) // 5 + 1, 5, 3.0, 0.9)  # a picture more than classes
     axes[0].imshow(photo)
     axes[0].set_title("photo", fontsize=10)
-    for axis, name, weights in zip(axes[1:], CLASS_NAMES, m):
+    for axis, name, weights in zip(axes[1:], table.names, m):
         scale = LogNorm(0.01, 100, clip=True)
         image = axis.imshow(np.maximum(weights * weights.size, 0.01), norm=scale, cmap="magma", interpolation="nearest")
         axis.set_title(name, fontsize=10)
@@ -178,15 +171,15 @@ def draw_regions(photo: np.ndarray, m: np.ndarray) -> plt.Figure:
     return fig
 
 
-def draw_representations(f: np.ndarray) -> plt.Figure:
+def draw_representations(f: np.ndarray, table: ClassTable) -> plt.Figure:
     """Object region representations (K, C): the cosine of each with each."""
     unit = f / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
     cosine = unit @ unit.T
     fig, axis = plt.subplots(figsize=(10, 8.6), layout="constrained")
     image = axis.imshow(cosine, vmin=0, vmax=1, cmap="viridis")  # after a ReLU no angle is over 90 degrees
-    ticks = range(len(CLASS_NAMES))
-    axis.set_xticks(ticks, CLASS_NAMES, rotation=45, ha="right")
-    axis.set_yticks(ticks, CLASS_NAMES)
+    ticks = range(len(table))
+    axis.set_xticks(ticks, table.names, rotation=45, ha="right")
+    axis.set_yticks(ticks, table.names)
     for i in ticks:
         for j in ticks:
             color = "black" if cosine[i, j] > 0.6 else "white"
@@ -196,9 +189,11 @@ def draw_representations(f: np.ndarray) -> plt.Figure:
     return fig
 
 
-def draw_relation(photo: np.ndarray, w: np.ndarray, final: np.ndarray, pixels: Sequence[tuple[int, int]]) -> plt.Figure:
+def draw_relation(
+    photo: np.ndarray, w: np.ndarray, final: np.ndarray, pixels: Sequence[tuple[int, int]], table: ClassTable
+) -> plt.Figure:
     """Pixel-region relation (K, h, w) at some pixels: a row each, a column a region."""
-    fig, (where, table) = plt.subplots(
+    fig, (where, matrix) = plt.subplots(
         1, 2, figsize=(16, 0.6 + max(4.5, 0.36 * len(pixels) + 2)), width_ratios=[1, 1.15], layout="constrained"
     )
     where.imshow(photo)
@@ -209,26 +204,27 @@ def draw_relation(photo: np.ndarray, w: np.ndarray, final: np.ndarray, pixels: S
         where.text(x, y, number, ha="center", va="center", fontsize=8)
         i, j = y * w.shape[1] // photo.shape[0], x * w.shape[2] // photo.shape[1]
         rows.append(w[:, i, j])
-        names.append(f"{number}: {CLASS_NAMES[final[y, x]]} ({x}, {y})")
-    image = table.imshow(np.array(rows), vmin=0, vmax=1, cmap="magma", aspect="auto")
-    table.set_xticks(range(len(CLASS_NAMES)), CLASS_NAMES, rotation=45, ha="right")
-    table.set_yticks(range(len(names)), names)
-    table.set(xlabel="region", ylabel="pixel: what it is predicted as (x, y)")
-    fig.colorbar(image, ax=table, label="w: the pixel's relation to the region; a row sums to 1")
+        names.append(f"{number}: {table.names[final[y, x]]} ({x}, {y})")
+    image = matrix.imshow(np.array(rows), vmin=0, vmax=1, cmap="magma", aspect="auto")
+    matrix.set_xticks(range(len(table)), table.names, rotation=45, ha="right")
+    matrix.set_yticks(range(len(names)), names)
+    matrix.set(xlabel="region", ylabel="pixel: what it is predicted as (x, y)")
+    fig.colorbar(image, ax=matrix, label="w: the pixel's relation to the region; a row sums to 1")
     fig.suptitle("3. Pixel-region relation: from which regions a pixel takes its context")
     return fig
 
 
-def draw_segmentations(photo: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> plt.Figure:
+def draw_segmentations(photo: np.ndarray, coarse: np.ndarray, final: np.ndarray, table: ClassTable) -> plt.Figure:
     """Coarse and final classes (H, W), and where they differ."""
     fig, axes = panels(photo, 2, 2, 6.5, 1.2)
     changed = coarse != final
-    pictures = (photo, colourise(coarse), colourise(final), np.where(changed[..., None], colourise(final), 255))
+    colours = table.palette[final]
+    pictures = (photo, table.palette[coarse], colours, np.where(changed[..., None], colours, 255))
     titles = ("photo", "coarse: the regions' own classes", "final", f"what the context changed: {changed.mean():.1%}")
     for axis, picture, title in zip(axes, pictures, titles):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(title)
-    class_legend(fig, np.union1d(coarse, final))
+    class_legend(fig, np.union1d(coarse, final), table)
     fig.suptitle("4. Segmentations: before and after the object context")
     return fig
 
@@ -245,7 +241,7 @@ def draw_confidence(photo: np.ndarray, confidence: np.ndarray) -> plt.Figure:
     return fig
 
 
-def draw_errors(label: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> plt.Figure:
+def draw_errors(label: np.ndarray, coarse: np.ndarray, final: np.ndarray, table: ClassTable) -> plt.Figure:
     """Against the label (H, W): what is wrong, and what the context mended or spoiled."""
     scored = label != IGNORE
     fig, axes = panels(label, 2, 2, 6.5, 1.2)
@@ -255,7 +251,7 @@ def draw_errors(label: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> plt
     change[~right & was_right] = SPOILED
     change[~scored] = 0
     share = [x[scored].mean() if scored.any() else np.nan for x in (right, right & ~was_right, ~right & was_right)]
-    pictures = (colourise(label), colourise(final), colourise_errors(label, final), change)
+    pictures = (table.palette[label], table.palette[final], colour_errors(label, final, table), change)
     titles = (
         "label (black: not scored)",
         f"final: {share[0]:.1%} of the scored pixels are right",
@@ -265,7 +261,7 @@ def draw_errors(label: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> plt
     for axis, picture, title in zip(axes, pictures, titles):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(title)
-    class_legend(fig, np.unique([*np.unique(label[scored]), *np.unique(final)]))
+    class_legend(fig, np.union1d(label[scored], final), table)
     fig.suptitle("6. Errors")
     return fig
 
@@ -355,7 +351,7 @@ def plot_curves(runs: Sequence[Run], path: Path, log_scale: bool = False) -> Non
             score.annotate(
                 f"{scores[-1]:.2f}", (run.val[-1]["iter"], scores[-1]), (0, 6), textcoords="offset points", ha="center"
             )
-    loss.set(title="training loss", xlabel="iteration", ylabel="loss (final + 0.4 regions)")
+    loss.set(title="training loss", xlabel="iteration", ylabel="loss")
     lr.set(title="learning rate", xlabel="iteration", ylabel="learning rate")
     score.set(title="validation", xlabel="iteration", ylabel="mIoU (%)")
     score.margins(x=0.1, y=0.15)

@@ -110,8 +110,8 @@ class Ours:
     def loss(self) -> torch.Tensor:
         image = to_input(self.photo, self.colour).contiguous(memory_format=self.layout)
         with self.autocast():
-            logits, region_logits = self.compiled(image)
-        return ocr_loss(logits, region_logits, self.label)[0]
+            outputs = self.compiled(image)
+        return ocr_loss(outputs, self.label)[0]
 
     def step(self) -> list[float]:
         clock = Clock(self.device)

@@ -13,9 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ocrnet.data import cityscapes
 from ocrnet.data.cityscapes import (
-    CLASS_NAMES,
     EndlessSampler,
     RandomCrops,
     WholeImages,
@@ -30,6 +28,7 @@ from ocrnet.data.cityscapes import (
     write_missing_train_ids,
     write_whole,
 )
+from ocrnet.data.classes import CITYSCAPES, ClassTable, read_classes
 from ocrnet.data.synthetic import street
 from ocrnet.data.transforms import change_colour, cut_photo, draw_box, draw_colour, to_input
 from ocrnet.errors import InputError
@@ -53,10 +52,75 @@ def tree(root, photo=(4, 6, 3), label=((0,) * 6,) * 4):
 
 def test_the_nineteen_train_ids_are_cityscapes():
     ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
-    assert [label.id for label in cityscapes.CLASSES] == ids
-    assert cityscapes.TRAIN_ID_OF[ids].tolist() == list(range(19))
-    assert sorted(set(cityscapes.TRAIN_ID_OF.tolist())) == [*range(19), 255]
-    assert CLASS_NAMES[0] == "road" and CLASS_NAMES[13] == "car" and CLASS_NAMES[18] == "bicycle"
+    assert CITYSCAPES.ids == ids and len(CITYSCAPES) == 19
+    assert CITYSCAPES.train_id_of[ids].tolist() == list(range(19))
+    assert sorted(set(CITYSCAPES.train_id_of.tolist())) == [*range(19), 255]
+    assert (CITYSCAPES.names[0], CITYSCAPES.names[13], CITYSCAPES.names[18]) == ("road", "car", "bicycle")
+    assert CITYSCAPES.palette[[0, 18, 255]].tolist() == [[128, 64, 128], [119, 11, 32], [0, 0, 0]]
+
+
+SMALL = [
+    {"name": "road", "id": 3, "train_id": 0, "color": [128, 64, 128], "category": "ground"},
+    {"name": "pavement", "id": 5, "train_id": 0, "color": [1, 2, 3], "category": "ground"},
+    {"name": "house", "id": 4, "train_id": 1, "color": [70, 70, 70]},
+    {"name": "bonnet", "id": 9, "train_id": 255, "color": [0, 0, 0]},
+]
+
+
+def test_a_table_of_ones_own_merges_ignores_and_comes_back(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps(SMALL))
+    table = read_classes(tmp_path)
+    assert (table.names, table.ids, table.categories) == (["road", "house"], [3, 4], ["ground", "house"])
+    assert table.palette[:2].tolist() == [[128, 64, 128], [70, 70, 70]]
+    label_ids = save(tmp_path / "a.png", [[3, 5, 4], [9, 255, 4]])
+    assert np.array_equal(train_ids_from_label_ids(label_ids, table), [[0, 0, 1], [255, 255, 1]])
+    with pytest.raises(InputError, match="b.png: value 7 is no label id: expected 3, 4, 5, 9"):
+        train_ids_from_label_ids(save(tmp_path / "b.png", [[7]]), table)
+    assert ClassTable.from_rows(table.rows(), "again").labels == table.labels
+    assert ClassTable.from_rows(CITYSCAPES.rows(), "again").labels == CITYSCAPES.labels
+    assert read_classes(tmp_path / "elsewhere") is CITYSCAPES
+
+
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        ({}, "in a list"),
+        ([1], "in a list"),
+        ([{"name": "road", "id": 0}], "in a list"),
+        ([{**SMALL[0], "weight": 1}], "in a list"),
+        ([{**SMALL[0], "color": [1, 2]}], "others up to 255"),
+        ([{**SMALL[0], "color": [1, 2, 256]}], "others up to 255"),
+        ([{**SMALL[0], "id": 255}], "an id below 255"),
+        ([{**SMALL[0], "id": True}], "an id below 255"),
+        ([{**SMALL[0], "name": 7}], "an id below 255"),
+        ([SMALL[0], {**SMALL[2], "id": 3}], "'house' and 'road' have the same name or id"),
+        ([SMALL[0], {**SMALL[2], "train_id": 2}], r"train ids \[0, 2\]: expected 0, 1"),
+        ([SMALL[0]], "two or more"),
+    ],
+)
+def test_a_broken_table_is_named_with_the_row(tmp_path, rows, reason):
+    (tmp_path / "classes.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=f"classes.json: .*{reason}"):
+        read_classes(tmp_path)
+
+
+def test_a_table_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "classes.json").write_text("road: 0")
+    with pytest.raises(InputError, match="classes.json: not JSON"):
+        read_classes(tmp_path)
+
+
+def test_train_ids_are_made_again_when_the_table_changes(tmp_path):
+    label_ids = save(tmp_path / "gtFine/val/a/a_0_0_gtFine_labelIds.png", [[3, 5, 4, 9]])
+    train_ids = label_ids.with_name("a_0_0_gtFine_labelTrainIds.png")
+    for table, expected in (
+        (SMALL, [0, 0, 1, 255]),
+        ([*SMALL[:1], {**SMALL[1], "train_id": 2}, *SMALL[2:]], [0, 2, 1, 255]),
+    ):
+        (tmp_path / "classes.json").write_text(json.dumps(table))
+        write_missing_train_ids(tmp_path, workers=1)
+        assert np.asarray(Image.open(train_ids)).tolist() == [expected]
+        os.utime(train_ids, (0, 0))  # as written long before the next table
 
 
 def box(label, x0, y0, x1, y1, **more):
@@ -147,17 +211,17 @@ def test_no_photos_and_a_photo_without_label_are_named(tmp_path):
 
 def test_sizes_that_differ_are_named(tmp_path):
     with pytest.raises(InputError, match="a_0_0_gtFine_labelTrainIds.png: is 6x4, its photo is 8x4"):
-        check_samples(tree(tmp_path, photo=(4, 8, 3)), quiet=True)
+        check_samples(tree(tmp_path, photo=(4, 8, 3)), 19, quiet=True)
 
 
 @pytest.mark.parametrize("value", [19, 33, 254])
 def test_a_label_value_that_is_no_class_is_named(tmp_path, value):
     with pytest.raises(InputError, match=f"labelTrainIds.png: 1 pixels of value {value}"):
-        check_samples(tree(tmp_path, photo=(1, 3, 3), label=[[0, 255, value]]), quiet=True)
+        check_samples(tree(tmp_path, photo=(1, 3, 3), label=[[0, 255, value]]), 19, quiet=True)
 
 
 def test_class_counts_end_with_the_ignored_pixels(tmp_path):
-    counts = class_counts(tree(tmp_path, photo=(1, 4, 3), label=[[0, 18, 18, 255]])[0])
+    counts = class_counts(tree(tmp_path, photo=(1, 4, 3), label=[[0, 18, 18, 255]])[0], 19)
     assert len(counts) == 20 and counts[0] == 1 and counts[18] == 2 and counts[19] == 1
 
 
@@ -436,7 +500,7 @@ def test_generated_streets_come_from_the_seed():
 
 def test_generated_streets_hold_all_classes_and_every_oddity_of_the_annotation(data):
     split = find_samples(data, "train") + find_samples(data, "val")
-    assert (check_samples(split, quiet=True).sum(0) > 0).all()
+    assert (check_samples(split, 19, quiet=True).sum(0) > 0).all()
     objects = [item for i in range(30) for item in street(np.random.default_rng(i))[1]["objects"]]
     labels = {item["label"] for item in objects}
     assert {"persongroup", "license plate", "ego vehicle", "rail track"} <= labels
@@ -455,6 +519,6 @@ def test_greys_and_paints_are_shared_so_that_colour_alone_does_not_tell(data):
             if (classes == k).sum() > 30:
                 means[k].append(photo[classes == k].mean(0))
     for a, b in [("road", "sidewalk"), ("building", "wall"), ("wall", "fence"), ("bus", "truck"), ("car", "bus")]:
-        x, y = (np.array(means[CLASS_NAMES.index(name)]) for name in (a, b))
+        x, y = (np.array(means[CITYSCAPES.names.index(name)]) for name in (a, b))
         between = np.linalg.norm(x.mean(0) - y.mean(0))
         assert between < min(np.linalg.norm(x.std(0)), np.linalg.norm(y.std(0))), (a, b)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from ocrnet.data.cityscapes import AVERAGE_INSTANCE, CLASS_NAMES, WholeImages, find_samples, read_instances
+from ocrnet.data.cityscapes import WholeImages, find_samples, read_instances
+from ocrnet.data.classes import AVERAGE_INSTANCE, CITYSCAPES
 from ocrnet.data.transforms import to_input
 from ocrnet.device import Accelerator
 from ocrnet.inference import explain, predict, score, sliding
@@ -135,4 +136,4 @@ def test_instances_are_numbered_by_class(tmp_path):
     Image.fromarray(ids).save(tmp_path / "a_gtFine_instanceIds.png")
     sample = Sample(tmp_path / "a_leftImg8bit.png", tmp_path / "a_gtFine_labelTrainIds.png")
     assert read_instances(sample).tolist() == [[0, 0, 12000, 12003], [14001, 0, 19999, 0]]
-    assert set(AVERAGE_INSTANCE) <= set(CLASS_NAMES)
+    assert set(AVERAGE_INSTANCE) <= set(CITYSCAPES.names)

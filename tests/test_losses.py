@@ -30,7 +30,7 @@ def test_half_precision_logits_are_summed_in_fp32():
 
 def test_regions_weigh_two_fifths():
     final, regions, label = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
-    loss, parts = ocr_loss(final, regions, label)
+    loss, parts = ocr_loss((final, regions), label)
     torch.testing.assert_close(parts, torch.stack([pixel_loss(final, label), pixel_loss(regions, label)]))
     torch.testing.assert_close(loss, parts[0] + 0.4 * parts[1])
 
@@ -73,7 +73,7 @@ def test_with_fewer_pixels_than_must_be_kept_all_count():
 
 def test_only_the_final_segmentation_is_held_to_its_hard_pixels():
     final, regions, label = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
-    _, parts = ocr_loss(final, regions, label, ohem=0.7)
+    _, parts = ocr_loss((final, regions), label, ohem=0.7)
     torch.testing.assert_close(parts, torch.stack([hard_pixel_loss(final, label, 0.7), pixel_loss(regions, label)]))
 
 

@@ -76,7 +76,7 @@ def test_losses_gradients_and_steps_are_mmsegmentations(model):
     _, name_of = translate(as_mmsegmentation(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
     for step, (final, regions) in enumerate(expected["losses"]):
-        loss, parts = ocr_loss(*model(image), label)
+        loss, parts = ocr_loss(model(image), label)
         torch.testing.assert_close(parts, torch.tensor([final, regions / 0.4]).double(), rtol=1e-7, atol=0)
         optimizer.zero_grad()
         loss.backward()

@@ -124,7 +124,7 @@ def some_steps(rank, root, dtype, world_size, batch_size, workers, lr=0.01, step
     batches = iter(DataLoader(crops, batch_size, sampler=sampler, num_workers=workers))
     for _ in range(steps):
         photo, label, colour = next(batches)
-        loss, _ = ocr_loss(*wrapped(to_input(photo, colour).to(dtype)), label.long().clamp(max=2))
+        loss, _ = ocr_loss(wrapped(to_input(photo, colour).to(dtype)), label.long().clamp(max=2))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -169,7 +169,7 @@ def test_the_memory_estimate_is_what_autograd_keeps():
         lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x
     ):
         image = torch.zeros(1, 3, 256, 256).contiguous(memory_format=torch.channels_last)
-        loss, _ = ocr_loss(*model(image), torch.zeros(1, 256, 256, dtype=torch.long))
+        loss, _ = ocr_loss(model(image), torch.zeros(1, 256, 256, dtype=torch.long))
     momentum_and_gradients = 2 * 4 * sum(p.numel() for p in model.parameters())
     estimate = memory_estimate(model, 1, (256, 256), False)
     assert estimate == pytest.approx((sum(kept.values()) + momentum_and_gradients) / 2**30, rel=0.03)

@@ -68,7 +68,7 @@ def test_mmsegmentations_names_are_understood(tmp_path):
     report = load_weights(model, tmp_path / "mmseg.pth")
     assert report.source == "mmsegmentation" and not report.ignored and not report.missing
     assert same_logits(model, source)
-    assert same_logits(load_model(tmp_path / "mmseg.pth"), source)  # the variant is read off the shapes
+    assert same_logits(load_model(tmp_path / "mmseg.pth")[0], source)  # the variant is read off the shapes
 
 
 def test_a_file_of_more_than_tensors_says_how_to_keep_the_tensors(tmp_path):
@@ -86,7 +86,7 @@ def test_mmsegmentations_resnet_brings_its_deep_stem(tmp_path):
     model = build_model("r50", num_classes=5)
     load_weights(model, tmp_path / "resnet.pth")
     assert model.config["deep_stem"] and same_logits(model, source)
-    assert same_logits(load_model(tmp_path / "resnet.pth"), source)
+    assert same_logits(load_model(tmp_path / "resnet.pth")[0], source)
 
 
 def test_the_authors_weights_bring_their_resizing_and_fold_their_biases(tmp_path):
@@ -102,7 +102,7 @@ def test_the_authors_weights_bring_their_resizing_and_fold_their_biases(tmp_path
     assert report.ignored == ["loss.criterion.weight"] and not report.missing
     assert model.config["align_corners"] and model.align_corners and model.backbone.stage4[0].align_corners
     assert model.head.classifier[0].p == model.config["dropout"] == 0.05
-    assert same_logits(model, source) and same_logits(load_model(tmp_path / "authors.pth"), source)
+    assert same_logits(model, source) and same_logits(load_model(tmp_path / "authors.pth")[0], source)
     assert not same_logits(build_model("hr18s"), source)
     again = build_model(**model.config)  # what a checkpoint of a run that started from them does
     again.load_state_dict(model.state_dict())
@@ -146,7 +146,7 @@ def test_code_in_a_file_is_not_run(load, tmp_path, capsys):
 def test_a_checkpoint_gives_back_the_model_it_describes(tmp_path):
     model = build_model("hr18s", num_classes=4)
     save_checkpoint(tmp_path / "x.pt", {"model": model.state_dict(), "config": model.config})
-    again = load_model(tmp_path / "x.pt")
+    again, _ = load_model(tmp_path / "x.pt")
     assert not again.training
     assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), again.state_dict().values()))
 

@@ -1,4 +1,4 @@
-"""Cityscapes: the label table, reading files, finding and checking them, and the data sets that training reads.
+"""Cityscapes' files: making train ids, finding, reading and checking, and the data sets that training reads.
 
 Data set: "The Cityscapes Dataset for Semantic Urban Scene Understanding", https://arxiv.org/abs/1604.01685
 
@@ -6,8 +6,9 @@ Data set: "The Cityscapes Dataset for Semantic Urban Scene Understanding", https
     ROOT/gtFine/SPLIT/CITY/CITY_000000_000019_gtFine_polygons.json              what was annotated
     ROOT/gtFine/SPLIT/CITY/CITY_000000_000019_gtFine_labelIds.png               the 34 label ids 0 .. 33
     ROOT/gtFine/SPLIT/CITY/CITY_000000_000019_gtFine_labelTrainIds.png          the 19 train ids 0 .. 18, 255 elsewhere
+    ROOT/classes.json                                                           other labels than these: classes.py
 
-prepare_cityscapes.py makes the last from one of the two before it. Letters: H W a picture's size, K the 19 classes.
+prepare_cityscapes.py makes the train ids from polygons or label ids. Letters: H W a picture's size, K classes.
 """
 
 import itertools
@@ -32,90 +33,13 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from ..errors import InputError
+from .classes import CITYSCAPES, IGNORE, ClassTable, read_classes
 from .transforms import NO_CHANGE, cut_photo, draw_box, draw_colour
-
-IGNORE = 255  # the train id of everything that is not scored
-
-
-class Label(NamedTuple):
-    name: str
-    id: int  # in labelIds.png, and what the test server wants
-    train_id: int  # what the network learns: 0 .. 18, or 255
-    category: str
-    color: tuple[int, int, int]
-
-
-# The table is the data set's own (cityscapesScripts, helpers/labels.py).
-LABELS = [
-    Label("unlabeled", 0, 255, "void", (0, 0, 0)),
-    Label("ego vehicle", 1, 255, "void", (0, 0, 0)),
-    Label("rectification border", 2, 255, "void", (0, 0, 0)),
-    Label("out of roi", 3, 255, "void", (0, 0, 0)),
-    Label("static", 4, 255, "void", (0, 0, 0)),
-    Label("dynamic", 5, 255, "void", (111, 74, 0)),
-    Label("ground", 6, 255, "void", (81, 0, 81)),
-    Label("road", 7, 0, "flat", (128, 64, 128)),
-    Label("sidewalk", 8, 1, "flat", (244, 35, 232)),
-    Label("parking", 9, 255, "flat", (250, 170, 160)),
-    Label("rail track", 10, 255, "flat", (230, 150, 140)),
-    Label("building", 11, 2, "construction", (70, 70, 70)),
-    Label("wall", 12, 3, "construction", (102, 102, 156)),
-    Label("fence", 13, 4, "construction", (190, 153, 153)),
-    Label("guard rail", 14, 255, "construction", (180, 165, 180)),
-    Label("bridge", 15, 255, "construction", (150, 100, 100)),
-    Label("tunnel", 16, 255, "construction", (150, 120, 90)),
-    Label("pole", 17, 5, "object", (153, 153, 153)),
-    Label("polegroup", 18, 255, "object", (153, 153, 153)),
-    Label("traffic light", 19, 6, "object", (250, 170, 30)),
-    Label("traffic sign", 20, 7, "object", (220, 220, 0)),
-    Label("vegetation", 21, 8, "nature", (107, 142, 35)),
-    Label("terrain", 22, 9, "nature", (152, 251, 152)),
-    Label("sky", 23, 10, "sky", (70, 130, 180)),
-    Label("person", 24, 11, "human", (220, 20, 60)),
-    Label("rider", 25, 12, "human", (255, 0, 0)),
-    Label("car", 26, 13, "vehicle", (0, 0, 142)),
-    Label("truck", 27, 14, "vehicle", (0, 0, 70)),
-    Label("bus", 28, 15, "vehicle", (0, 60, 100)),
-    Label("caravan", 29, 255, "vehicle", (0, 0, 90)),
-    Label("trailer", 30, 255, "vehicle", (0, 0, 110)),
-    Label("train", 31, 16, "vehicle", (0, 80, 100)),
-    Label("motorcycle", 32, 17, "vehicle", (0, 0, 230)),
-    Label("bicycle", 33, 18, "vehicle", (119, 11, 32)),
-    Label("license plate", -1, 255, "vehicle", (0, 0, 142)),
-]
-CLASSES = sorted((label for label in LABELS if label.train_id != IGNORE), key=lambda label: label.train_id)
-CLASS_NAMES = [label.name for label in CLASSES]
-CATEGORIES = list(dict.fromkeys(label.category for label in CLASSES))
-CATEGORY_OF = [CATEGORIES.index(label.category) for label in CLASSES]
-LABEL_BY_NAME = {label.name: label for label in LABELS}
-
-TRAIN_ID_OF = np.full(256, IGNORE, np.uint8)  # label id -> train id
-for _label in LABELS[:-1]:
-    TRAIN_ID_OF[_label.id] = _label.train_id
-
-# What the authors' HRNet-OCR weighs each class's loss with.
-CLASS_WEIGHTS = [
-    0.8373, 0.9180, 0.8660, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,
-    0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507,
-]  # fmt: skip
-
-# Pixels of the average instance in the training set (cityscapesScripts, evalPixelLevelSemanticLabeling).
-AVERAGE_INSTANCE = {
-    "person": 3462.4756337644,
-    "rider": 3930.4788056518,
-    "car": 12794.0202738185,
-    "truck": 27855.1264367816,
-    "bus": 35732.1511111111,
-    "train": 67583.7075812274,
-    "motorcycle": 6298.7200839748,
-    "bicycle": 4672.3249222261,
-}
-
 
 # ---- train ids -----------------------------------------------------------------------------------------------------
 
 
-def train_ids_from_polygons(path: Path) -> Image.Image:
+def train_ids_from_polygons(path: Path, table: ClassTable = CITYSCAPES) -> Image.Image:
     """Draw the train ids of a ``_polygons.json``: a one-channel 8-bit picture of imgWidth x imgHeight.
 
     As cityscapesScripts' createTrainIdLabelImgs: polygons in the file's order, later over earlier, "persongroup" as
@@ -135,12 +59,12 @@ def train_ids_from_polygons(path: Path) -> Image.Image:
             name = item["label"]
             if item.get("deleted"):
                 continue
-            if name not in LABEL_BY_NAME and name.endswith("group"):
+            if name not in table.by_name and name.endswith("group"):
                 name = name[: -len("group")]
-            if name not in LABEL_BY_NAME:
-                raise InputError(f"{path}: no label {name!r}: expected a name of Cityscapes' table")
-            if LABEL_BY_NAME[name].id >= 0:
-                draw.polygon([(x, y) for x, y in item["polygon"]], fill=LABEL_BY_NAME[name].train_id)
+            if name not in table.by_name:
+                raise InputError(f"{path}: no label {name!r}: expected one of {', '.join(table.by_name)}")
+            if table.by_name[name].id >= 0:
+                draw.polygon([(x, y) for x, y in item["polygon"]], fill=table.by_name[name].train_id)
     except InputError:
         raise
     except OSError:
@@ -150,17 +74,19 @@ def train_ids_from_polygons(path: Path) -> Image.Image:
     return image
 
 
-def train_ids_from_label_ids(path: Path) -> Image.Image:
-    """Translate a ``_labelIds.png`` through the table.
+def train_ids_from_label_ids(path: Path, table: ClassTable = CITYSCAPES) -> Image.Image:
+    """Translate a ``_labelIds.png`` through the table. 255, which is -1 in 8 bits, stays: not scored.
 
     Raises:
-        InputError: a value is no label id (0 .. 33).
+        InputError: a value is no label id.
     """
     label_ids = read_label(path)
-    values = [v for v, count in enumerate(label_ids.histogram()) if count and v >= len(LABELS) - 1]
+    known = sorted({label.id for label in table.labels} - {-1})
+    values = [v for v, count in enumerate(label_ids.histogram()[:IGNORE]) if count and v not in known]
     if values:
-        raise InputError(f"{path}: value {values[0]} is no label id: expected 0 .. {len(LABELS) - 2}")
-    return label_ids.point(TRAIN_ID_OF.tolist())
+        ids = f"{known[0]} .. {known[-1]}" if known == list(range(len(known))) else ", ".join(map(str, known))
+        raise InputError(f"{path}: value {values[0]} is no label id: expected {ids}")
+    return label_ids.point(table.train_id_of.tolist())
 
 
 @contextmanager
@@ -174,31 +100,38 @@ def write_whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_train_ids(target: Path) -> None:
+def write_train_ids(target: Path, table: ClassTable) -> None:
     """Write ``target``, a ``_labelTrainIds.png``, from the polygons beside it or, without them, from labelIds."""
     stem = str(target)[: -len("labelTrainIds.png")]
     polygons, label_ids = Path(stem + "polygons.json"), Path(stem + "labelIds.png")
-    image = train_ids_from_polygons(polygons) if polygons.exists() else train_ids_from_label_ids(label_ids)
+    if polygons.exists():
+        image = train_ids_from_polygons(polygons, table)
+    else:
+        image = train_ids_from_label_ids(label_ids, table)
     with write_whole(target) as part:
         image.save(part, format="PNG")
 
 
 def write_missing_train_ids(root: Path, workers: int | None = None) -> None:
-    """Write every ``_labelTrainIds.png`` that is missing and that polygons or labelIds under ``root`` can make.
+    """Write every ``_labelTrainIds.png`` that is missing, or older than ``root``'s classes.json, and that polygons or
+    labelIds can make.
 
     Args:
         workers: processes; None for one a core.
 
     Raises:
-        InputError: the first broken annotation that was met. What was written before stays.
+        InputError: classes.json is none, or the first broken annotation that was met. What was written before stays.
     """
+    table = read_classes(root)
+    own = Path(root) / "classes.json"
+    since = own.stat().st_mtime if own.exists() else 0
     targets = set()
     for source in ("polygons.json", "labelIds.png"):
         for path in Path(root).glob(f"gtFine/*/*/*_gtFine_{source}"):
             targets.add(path.with_name(path.name[: -len(source)] + "labelTrainIds.png"))
-    missing = sorted(target for target in targets if not target.exists())
+    missing = sorted(target for target in targets if not target.exists() or target.stat().st_mtime < since)
     with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(write_train_ids, missing, chunksize=8)
+        done = pool.map(partial(write_train_ids, table=table), missing, chunksize=8)
         for _ in tqdm(done, total=len(missing), desc="writing train ids", disable=None if missing else True):
             pass
 
@@ -351,7 +284,7 @@ def find_samples(root: Path, split: str) -> list[Sample]:
     return samples
 
 
-def class_counts(sample: Sample, num_classes: int = len(CLASSES)) -> list[int]:
+def class_counts(sample: Sample, num_classes: int) -> list[int]:
     """Check one photo and its label; return the label's pixels of each class, and of 255 as the last entry.
 
     Raises:
@@ -374,7 +307,7 @@ def class_counts(sample: Sample, num_classes: int = len(CLASSES)) -> list[int]:
     return [*counts[:num_classes], counts[IGNORE]]
 
 
-def check_samples(samples: Sequence[Sample], num_classes: int = len(CLASSES), quiet: bool = False) -> np.ndarray:
+def check_samples(samples: Sequence[Sample], num_classes: int, quiet: bool = False) -> np.ndarray:
     """``class_counts`` of all samples, in parallel: (len(samples), K + 1) pixel counts. Raises as it does."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         counts = pool.map(lambda sample: class_counts(sample, num_classes), samples)
@@ -404,7 +337,7 @@ def instance_path(sample: Sample) -> Path:
 def read_instances(sample: Sample) -> Tensor:
     """int32 (H, W): 1000 (k + 1) + j for instance j = 0 .. 999 of class k; 0 for what is in none or is not scored."""
     ids = np.asarray(read_image(instance_path(sample))).astype(np.int32)  # 1000 * label id + number, or a label id
-    train_ids = TRAIN_ID_OF[ids // 1000].astype(np.int32)
+    train_ids = CITYSCAPES.train_id_of[ids // 1000].astype(np.int32)
     inside = (ids > 1000) & (train_ids != IGNORE)
     return torch.from_numpy(np.where(inside, 1000 * (train_ids + 1) + ids % 1000, 0))
 

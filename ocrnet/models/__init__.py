@@ -2,10 +2,12 @@
 
 from .hrnet import HRNet
 from .ocr import ObjectAttention, OCRHead, SpatialGather
-from .ocrnet import VARIANTS, OCRNet, build_model
+from .ocrnet import HEADS, VARIANTS, FCNHead, OCRNet, build_model
 from .weights import load_weights
 
 __all__ = [
+    "FCNHead",
+    "HEADS",
     "HRNet",
     "OCRHead",
     "OCRNet",

@@ -35,6 +35,12 @@ def test_regions_weigh_two_fifths():
     torch.testing.assert_close(loss, parts[0] + 0.4 * parts[1])
 
 
+def test_a_single_output_has_the_final_loss_alone():
+    final, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    loss, parts = ocr_loss((final,), label)
+    assert torch.equal(loss, pixel_loss(final, label)) and torch.equal(parts, torch.stack([loss, torch.tensor(0.0)]))
+
+
 def test_class_weights_multiply_each_classs_loss():
     logits, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
     weight = torch.tensor([1.0, 0, 5])

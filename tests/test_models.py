@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ocrnet.errors import InputError
-from ocrnet.models import ObjectAttention, OCRHead, SpatialGather, build_model
+from ocrnet.models import FCNHead, ObjectAttention, OCRHead, SpatialGather, build_model
 
 
 @pytest.mark.parametrize("name, count", [("hr18s", 6_378_496), ("hr18", 12_080_036), ("hr48", 70_371_446)])
@@ -64,6 +64,26 @@ def test_initial_weights_follow_the_recipe():
     assert model.head.region_head[-1].weight.std().item() == pytest.approx(0.01, rel=0.05)
     conv = model.head.pixel_head[0].weight  # Kaiming, fan out: sqrt(2 / (512 * 9))
     assert conv.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+
+
+def test_without_context_a_pixel_is_judged_by_its_own_features():
+    head = FCNHead(in_channels=6, channels=6, num_classes=3).eval()
+    features = torch.randn(1, 6, 4, 5)
+    changed = features.clone()
+    changed[0, :, 1, 2] += 1
+    (before,), (after,) = head(features, features), head(features, changed)
+    assert [tuple(i) for i in (before != after).any(1).nonzero().tolist()] == [(0, 1, 2)]
+
+
+@pytest.mark.parametrize("name, count", [("hr18s", 3_939_309), ("r50", 32_955_987)])
+def test_the_backbone_alone_gives_one_output(name, count):
+    with torch.device("meta"):
+        model = build_model(name, head="fcn").eval()
+        outputs = model(torch.zeros(1, 3, 64, 96))
+    assert [tuple(x.shape) for x in outputs] == [(1, 19, 64, 96)]
+    assert sum(p.numel() for p in model.parameters()) == count
+    with pytest.raises(InputError, match="no head 'psp': expected one of ocr, fcn"):
+        build_model(name, head="psp")
 
 
 # ---- the gather ----

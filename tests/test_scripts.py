@@ -1,6 +1,7 @@
 """The real scripts, as a user runs them, on a data set of a few pictures."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -10,10 +11,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import RUN, entries
+from conftest import ROOT, RUN, entries
 from PIL import Image
 
 import evaluate
+from ocrnet.data.classes import CITYSCAPES
 from ocrnet.errors import InputError
 from ocrnet.losses import ocr_loss
 from ocrnet.models import build_model
@@ -203,10 +205,10 @@ def test_pictures_of_any_size_are_coloured_and_explained(script, trained, data, 
 def test_a_label_of_another_size_than_its_photo_is_refused(data, tmp_path):
     shutil.copytree(data, tmp_path, dirs_exist_ok=True)
     photo = next(tmp_path.glob("leftImg8bit/val/*/*.png"))
-    assert evaluate.label_of(photo).shape == (128, 256) and evaluate.label_of(tmp_path / "street.jpg") is None
+    assert evaluate.label_of(photo, 19).shape == (128, 256) and evaluate.label_of(tmp_path / "street.jpg", 19) is None
     Image.new("RGB", (20, 10)).save(photo)
     with pytest.raises(InputError, match="its photo is 20x10"):
-        evaluate.label_of(photo)
+        evaluate.label_of(photo, 19)
 
 
 def test_plot_lays_a_run_beside_a_log_of_mmengine(script, trained, tmp_path):
@@ -281,7 +283,52 @@ def test_a_model_of_other_classes_is_refused(script, tmp_path):
     model = build_model("hr18s", num_classes=4)
     torch.save({"model": model.state_dict(), "config": model.config}, tmp_path / "four.pt")
     done = script("evaluate.py", "--ckpt", tmp_path / "four.pt", "--device", "cpu", ok=False)
-    assert "a model of 4 classes: expected Cityscapes' 19" in done.stderr
+    assert "a model of 4 classes whose names are not in the file: expected 19, or --data DIR with" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def categories(script, data, tmp_path_factory):
+    """A data set whose classes.json has Cityscapes' 7 categories as classes, and a run there of the backbone alone."""
+    root = tmp_path_factory.mktemp("categories")
+    shutil.copytree(data, root, dirs_exist_ok=True)
+    shutil.copy(ROOT / "tests/exercises/classes.json", root)
+    future = time.time() + 60
+    os.utime(root / "classes.json", (future, future))  # newer than the train ids
+    prepared = script("prepare_cityscapes.py", "--root", root)
+    flags = [*RUN, "--iters", 2, "--head", "fcn", "--data", root, "--out", root / "run"]
+    return root, prepared, script("train.py", *flags)
+
+
+def test_a_data_set_brings_its_own_classes(script, categories, data, tmp_path, monkeypatch):
+    root, prepared, trained = categories
+    assert re.search(r"car +\d+\.\d+% +\d+\.\d+%", prepared.stdout) and "sidewalk" not in prepared.stdout
+    assert "hr18s with head fcn" in trained.stdout and "5 validation pictures, 7 classes" in trained.stdout
+    names = ["road", "building", "pole", "vegetation", "sky", "person", "car"]
+    assert list(entries(root / "run/log.jsonl")[-1]["IoU"]) == names
+    flags = ["--ckpt", root / "run/last.pt", "--device", "cpu"]
+    done = script("evaluate.py", *flags, "--data", root, "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores["IoU"]) == names and scores["mIoU"] == entries(root / "run/log.jsonl")[-1]["mIoU"]
+    assert "category" not in done.stdout
+    pixels = dict(zip(names, np.zeros(7)))  # each label's class is its category
+    for path in data.glob("gtFine/val/*/*_labelTrainIds.png"):
+        for value, count in enumerate(Image.open(path).histogram()[:19]):
+            pixels[names[CITYSCAPES.category_of[value]]] += count
+    assert scores["pixels"] == pixels
+
+    def refused(*more):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*flags, *more])])
+        with pytest.raises(InputError) as error:
+            evaluate.main()
+        return str(error.value)
+
+    assert f"--data {data}: its classes are road, sidewalk, " in refused("--data", data)
+    photo = next(data.glob("leftImg8bit/val/*/*.png"))
+    assert "has head fcn, which has no regions" in refused("--images", photo, "--explain", tmp_path / "steps")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*flags, "--images", photo, "--save", tmp_path])])
+    evaluate.main()  # without the data set: names and colours are in the checkpoint
+    colours = {tuple(color) for color in np.asarray(Image.open(tmp_path / photo.name)).reshape(-1, 3).tolist()}
+    assert colours <= {tuple(color) for color in CITYSCAPES.palette[[0, 2, 5, 8, 10, 11, 13]].tolist()}
 
 
 def test_predictions_are_exported_as_label_ids_under_the_photos_names(script, trained, data, tmp_path):

@@ -11,8 +11,15 @@ Paper: "Deep High-Resolution Representation Learning for Visual Recognition", ht
 Each stage is one or more HRModules: its branches run side by side, each at a resolution of its own, and a fuse then
 gives every branch the sum of all of them. A transition opens the next, coarser branch.
 
-Letters: B batch, C the width (channels of branch 0; 18 for W18), H W the image's size. Parameter names are the
-authors', so that their ImageNet weights fit as they are.
+The fuse as the paper has it, R_i the representation at resolution i of a module's branches:
+
+    R_i <- sum_j f_ji(R_j),   f_ji: nothing for j = i, 3x3 convolutions of stride 2 down, bilinear and a 1x1 up
+
+The text enlarges before that 1x1, here as in the authors' code it comes first: the same result, for less work at the
+smaller size. Not in the text: the ReLU behind the sum.
+
+Letters: B batch, C the width (channels of branch 0; 18 for W18), H W the image's size, h w a branch's. Parameter names
+are the authors', so that their ImageNet weights fit as they are.
 """
 
 from collections.abc import Sequence
@@ -102,7 +109,7 @@ def upsample(x: Tensor, factor: int, size: Sequence[int], align_corners: bool) -
 class HRModule(nn.Module):
     """Parallel branches of basic blocks, then the fuse in which each branch receives every other.
 
-    x_i <- ReLU(sum_j path_ij(branch_j(x_j))): list of (B, channels[i], h / 2^i, w / 2^i), the same shapes out.
+    R_i <- ReLU(sum_j f_ji(branch_j(R_j))), a list of (B, channels[i], h / 2^i, w / 2^i), the same shapes out.
     """
 
     def __init__(self, channels: Sequence[int], num_blocks: int, align_corners: bool = False):

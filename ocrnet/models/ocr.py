@@ -2,15 +2,29 @@
 
 Paper: "Object-Contextual Representations for Semantic Segmentation", https://arxiv.org/abs/1909.11065
 
-    1. soft object regions             M_1 .. M_K, one map a class, from a first, coarse segmentation
-    2. object region representations   f_k = sum_i m~_ki x_i                  (SpatialGather)
-    3. pixel-region relation           w_ik = softmax_k( phi(x_i) . psi(f_k) / sqrt(D) )     (ObjectAttention)
-       object-contextual               y_i = rho( sum_k w_ik delta(f_k) )
-       augmented                       z_i = g( [y_i, x_i] ), from which the final segmentation is made
+    the paper, section 3                                                          here             shape
+    soft object regions      M_1 .. M_K, a first, coarse segmentation             region_head      (B, K, H, W)
+    object region            f_k = sum_i m~_ki x_i                                SpatialGather    f (B, C, K, 1)
+      representations        m~_k = softmax of M_k over the pixels i                               m (B, K, N)
+    pixel-region relation    w_ik = exp kappa(x_i, f_k) / sum_j exp kappa(x_i, f_j)                w (B, N, K)
+                             kappa(x, f) = phi(x)^T psi(f) / sqrt(D)              ObjectAttention.relation
+    object-contextual        y_i = rho( sum_k w_ik delta(f_k) )                   ObjectAttention  y (B, C, H, W)
+    augmented                z_i = g( [y_i, x_i] )                                OCRHead.augment  z (B, C, H, W)
 
 Letters: B batch, C channels of a pixel representation (512), H W the feature map's size, N = H * W its pixels,
 K classes (one object region each), D key channels (256). Tensors carry the paper's letters: x pixel representations,
 m the weights of the soft object regions, f region representations, w relations, y contexts, z augmented.
+
+Where this is not what the paper's text says, it is what the authors' code does, and so what every checkpoint needs:
+
+    1/sqrt(D)      the text's kappa has none. It keeps the sums of D products, and with them the softmax, from growing
+                   with D until one region takes all and the others get no gradient.
+    phi, psi       two 1x1 convolutions each, the text says one.
+    no detach      the final loss reaches the region maps through m, and shapes them beside their own loss.
+    [y_i, x_i]     the text has x_i first; the order of g's weights and nothing else.
+
+And where it is not what either does: the gather is in fp32 (see there), rho's convolution is on the regions, g's is of
+y and of x (see there). These change no result but by rounding.
 """
 
 import torch
@@ -41,9 +55,8 @@ class SpatialGather(nn.Module):
 class ObjectAttention(nn.Module):
     """Pixel-region relation and object-contextual representations.
 
-    w_ik = softmax over the *classes* of phi(x_i) . psi(f_k) / sqrt(D); y_i = rho(sum_k w_ik delta(f_k)).
-    phi, psi, delta and rho are 1x1 convolutions with BatchNorm and ReLU, phi and psi two of them. The paper's relation
-    has no 1/sqrt(D); its authors' code has, and so has every checkpoint.
+    w_ik = softmax over the *classes* of phi(x_i)^T psi(f_k) / sqrt(D); y_i = rho(sum_k w_ik delta(f_k)).
+    phi, psi, delta and rho are 1x1 convolutions with BatchNorm and ReLU, phi and psi two of them.
 
     rho's convolution is applied to the K regions instead of to the N pixels: it has no bias, so that the projection of
     a weighted sum is the weighted sum of the projections.

@@ -1,0 +1,58 @@
+"""The README's exercises can be solved: the solutions still fit the code, and do what they are for."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ablation import ROOT, solve
+from conftest import RUN, entries
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="solutions are diffs, which git applies")
+
+
+def run_there(folder, *command) -> str:
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_detached_regions_hear_nothing_of_the_final_loss(tmp_path):
+    solve("detach", tmp_path)
+    check = """
+import torch
+from ocrnet.models import OCRHead
+head = OCRHead(in_channels=6, region_in_channels=6, region_channels=6, num_classes=3, channels=8, key_channels=4)
+features = torch.randn(2, 6, 4, 4)
+head(features, features)[0].square().mean().backward()
+print(head.region_head[-1].weight.grad, head.pixel_head[0].weight.grad.abs().sum() > 0)
+"""
+    assert run_there(tmp_path, "-c", check) == "None tensor(True)\n"
+
+
+def test_true_regions_train_and_the_gather_takes_each_classs_mean(tmp_path, data):
+    solve("ground_truth", tmp_path)
+    run_there(tmp_path, "train.py", *RUN, "--iters", 2, "--data", data, "--out", tmp_path / "run")
+    assert len(entries(tmp_path / "run/log.jsonl")) == 3
+    check = """
+import torch
+from ocrnet.models import OCRHead
+head = OCRHead(in_channels=6, region_in_channels=6, region_channels=6, num_classes=3, channels=8, key_channels=4)
+x, head.label = torch.randn(1, 8, 2, 2), torch.tensor([[[0, 255], [1, 1]]])
+f = head.gather(x, head.true_regions(torch.randn(1, 3, 2, 2)))[0, :, :, 0].T
+print(torch.allclose(f[0], x[0, :, 0, 0]), torch.allclose(f[1], x[0, :, 1].mean(1), atol=1e-6))
+"""
+    assert run_there(tmp_path, "-c", check) == "True True\n"
+
+
+def test_another_width_is_a_line(tmp_path):
+    solve("width", tmp_path)
+    check = "from ocrnet.models import build_model; print(build_model('hr9s').backbone.transition1[0][0].weight.shape)"
+    assert run_there(tmp_path, "-c", check) == "torch.Size([9, 256, 3, 3])\n"
+
+
+def test_every_solution_is_tried():
+    assert {path.name for path in Path(ROOT / "tests/exercises").iterdir()} == {
+        "classes.json", "detach.diff", "ground_truth.diff", "width.diff"
+    }  # fmt: skip

@@ -228,7 +228,9 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     names = {}
     for path in pictures:
         if path.stem in names:
-            raise InputError(f"--images: {names[path.stem]} and {path} would both be saved as {path.stem}.png")
+            raise InputError(
+                f"--images: {names[path.stem]} and {path} would both be saved as {path.stem}.png: rename one"
+            )
         names[path.stem] = path
     return pictures
 
@@ -285,7 +287,8 @@ def explain_pictures(
         photo = read_photo(path)
         for x, y in args.pixel or ():
             if not (0 <= x < photo.width and 0 <= y < photo.height):
-                raise InputError(f"--pixel {x} {y}: {path} is {photo.width}x{photo.height}")
+                size = f"{photo.width}x{photo.height}"
+                raise InputError(f"--pixel {x} {y}: {path} is {size}: expected X and Y inside, counted from 0")
         label = label_of(path, len(table))
         seen = explain(model, to_tensor(photo), accelerator, how["amp"])
         prefix = str(args.explain / path.stem)

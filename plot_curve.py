@@ -4,7 +4,8 @@
     python plot_curve.py runs/hr18 runs/hr48 --out both.png
     python plot_curve.py runs/hr18 train_sdaa_3rd.log --out both.png    beside a log of mmengine
 
-A log is a run's folder, its log.jsonl, or the text that mmengine (mmsegmentation 1.x) writes.
+A log is a run's folder, its log.jsonl, or the text that mmengine (mmsegmentation 1.x) prints or writes. A run is called
+as its folder.
 """
 
 import argparse
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--log-scale", action="store_true", help="loss and learning rate on logarithmic axes")
     args = parser.parse_args()
     runs = [read_log(log) for log in args.logs]
+    names = [log.name for log in runs]
+    runs = [log._replace(name=str(path)) if names.count(log.name) > 1 else log for log, path in zip(runs, args.logs)]
     first = args.logs[0]
     out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
     plot_curves(runs, out, args.log_scale)

@@ -71,15 +71,21 @@ def unpack(archive_path: Path, root: Path) -> None:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             for entry in entries:
                 if not (root / entry.filename).resolve().is_relative_to(root.resolve()):
-                    raise InputError(f"{archive_path}: entry {entry.filename!r} would land outside {root}")
+                    raise InputError(
+                        f"{archive_path}: entry {entry.filename!r} would land outside {root}: nothing was unpacked"
+                    )
             root.mkdir(parents=True, exist_ok=True)
             unpacked, packed = sum(entry.file_size for entry in entries), archive_path.stat().st_size
             if unpacked > MOST_SHRUNK * packed + 2**20:
-                raise InputError(f"{archive_path}: {unpacked:,} bytes in a file of {packed:,}: this is a zip bomb")
+                raise InputError(
+                    f"{archive_path}: {unpacked:,} bytes in a file of {packed:,}: this is a zip bomb, not the data set"
+                )
             missing = [entry for entry in entries if not is_unpacked(entry, root)]
             needed, free = sum(entry.file_size for entry in missing), shutil.disk_usage(root).free
             if needed > free:
-                raise InputError(f"{archive_path}: needs {needed:,} bytes in {root}, where {free:,} are free")
+                raise InputError(
+                    f"{archive_path}: needs {needed:,} bytes in {root}, where {free:,} are free: make room"
+                )
             for entry in tqdm(missing, desc=archive_path.name, disable=None):
                 target = root / entry.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +94,7 @@ def unpack(archive_path: Path, root: Path) -> None:
     except InputError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:  # RuntimeError: a password
-        raise InputError(f"{archive_path}: not a zip, or a damaged one ({error})") from None
+        raise InputError(f"{archive_path}: not a zip, or a damaged one ({error}): download it again") from None
 
 
 def print_summary(root: Path) -> None:
@@ -115,7 +121,7 @@ def main() -> None:
         write_dataset(args.root, workers=args.workers)
     zips = args.zips or args.root
     if args.zips and not args.zips.is_dir():
-        raise InputError(f"--zips {zips}: no such folder")
+        raise InputError(f"--zips {zips}: no such folder: expected the one that the *.zip were downloaded to")
     archives = sorted(zips.glob("*.zip"))
     if args.zips and not archives:
         raise InputError(f"--zips {zips}: no *.zip there: expected leftImg8bit_trainvaltest.zip and its gtFine")

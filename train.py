@@ -5,8 +5,7 @@
     torchrun --nproc_per_node 4 train.py            the recipe: 4 cards of 2 pictures, 40,000 iterations
     torchrun --nproc_per_node 4 train.py --resume   go on after a stop
 
-Writes to the folder --out: log.jsonl, last.pt, best.pt, curve.png, samples.png, scores.png. SIGTERM and Ctrl-C save
-and leave.
+Writes log.jsonl, last.pt, best.pt, curve.png, samples.png and scores.png to --out. SIGTERM and Ctrl-C save and leave.
 """
 
 import argparse
@@ -175,10 +174,14 @@ def check_resumable(state: dict, args: argparse.Namespace, run: dict, last: Path
     for name in ("model", "head", "align_corners", "dropout", "iters", "seed"):
         now = getattr(args, name)
         if now != before[name]:
-            raise InputError(f"--{name.replace('_', '-')} {now}: {last} is of a run with {before[name]}")
+            raise InputError(
+                f"--{name.replace('_', '-')} {now}: {last} is of a run with {before[name]}: keep that, or choose --out"
+            )
     for name in ("classes", "global batch", "training pictures"):
         if run[name] != state["run"][name]:
-            raise InputError(f"{name} {run[name]}: {last} is of a run with {state['run'][name]}")
+            raise InputError(
+                f"{name} {run[name]}: {last} is of a run with {state['run'][name]}: keep that, or choose --out"
+            )
     changed = [
         f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {before[name]}"
         for name in ("lr", "min_lr", "crop", "scales", "colour", "class_weights", "ohem", "accumulate")

@@ -56,7 +56,9 @@ def save_checkpoint(path: Path, state: dict) -> None:
         while isinstance(error, RuntimeError) and error.__context__:
             error = error.__context__  # what it said it of
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: this checkpoint could not be written, {kept} ({reason})") from error
+        raise InputError(
+            f"{path}: this checkpoint could not be written, {kept} ({reason}): make room, then --resume"
+        ) from error
 
 
 def is_checkpoint(state: object) -> bool:

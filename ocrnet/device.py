@@ -102,7 +102,9 @@ class Accelerator:
         else:
             count = self.module.device_count()
             if local_rank >= count:
-                raise InputError(f"--device {name}: process {local_rank} of this host has no card: there are {count}")
+                raise InputError(
+                    f"--device {name}: process {local_rank} of this host has no card: there are {count}: start as many"
+                )
             self.device = torch.device(name, local_rank)
             self.module.set_device(local_rank)  # before the process group: tccl refuses otherwise
         if "RANK" in os.environ:  # under torchrun, be it with one process

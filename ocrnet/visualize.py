@@ -20,6 +20,7 @@ matplotlib.use("Agg")  # files only: no screen is needed
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogFormatter
 
 MENDED, SPOILED = (0, 150, 0), (220, 0, 0)
 
@@ -276,7 +277,7 @@ class Run(NamedTuple):
 
 
 def read_log(path: Path) -> Run:
-    """A run's curve from this project's ``log.jsonl`` or from the text that mmengine logs.
+    """A run's curve from this project's ``log.jsonl`` or from the text that mmengine logs, in a file or on a terminal.
 
     Raises:
         InputError: there is no such file, or no line of either form in it.
@@ -288,7 +289,12 @@ def read_log(path: Path) -> Run:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    name = path.resolve().parent.name if path.suffix == ".jsonl" else path.stem
+    folders = path.resolve().parents
+    name = folders[0].name if path.suffix == ".jsonl" else path.stem
+    if (
+        re.fullmatch(r"\d{8}_\d{6}", name) and len(folders) > 1
+    ):  # mmengine's WORK_DIR/20240501_100000/20240501_100000.log
+        name = folders[1].name
     train, val = [], []
     for line in lines:
         entry = parse_json_line(line) if line.startswith("{") else parse_mmengine_line(line, train)
@@ -358,6 +364,8 @@ def plot_curves(runs: Sequence[Run], path: Path, log_scale: bool = False) -> Non
     if log_scale:
         loss.set_yscale("log")
         lr.set_yscale("log")
+        loss.yaxis.set_major_formatter(LogFormatter())  # 2, 3 instead of 2 x 10^0
+        loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axis in (loss, lr, score):
         axis.grid(alpha=0.3, which="both")
         if axis.get_legend_handles_labels()[0]:

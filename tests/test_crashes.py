@@ -157,7 +157,7 @@ def test_a_run_of_another_model_is_not_resumed(script, undisturbed, data):
 
 
 ARGS = dict(
-    model="hr18s", align_corners=False, dropout=None, iters=9, seed=0,
+    model="hr18s", head="ocr", align_corners=False, dropout=None, iters=9, seed=0,
     lr=0.01, min_lr=1e-4, crop=[32, 64], scales=[0.5, 2.0], colour=True, class_weights=False, ohem=None, accumulate=1,
 )  # fmt: skip
 WHERE = {
@@ -176,6 +176,7 @@ def compare(args, where):
     [
         ({"iters": 10}, {}, "--iters 10: last.pt is of a run with 9"),
         ({"seed": 1}, {}, "--seed 1: last.pt is of a run with 0"),
+        ({"head": "fcn"}, {}, "--head fcn: last.pt is of a run with ocr"),
         ({"align_corners": True}, {}, "--align-corners True: last.pt is of a run with False"),
         ({}, {"classes": 4}, "classes 4: last.pt is of a run with 19"),
         ({}, {"global batch": 6}, "global batch 6: last.pt is of a run with 4"),

@@ -214,12 +214,17 @@ def test_a_label_of_another_size_than_its_photo_is_refused(data, tmp_path):
 def test_plot_lays_a_run_beside_a_log_of_mmengine(script, trained, tmp_path):
     log = tmp_path / "original.log"
     log.write_text(
+        "05/01 09:59:00 - mmengine - \x1b[4m\x1b[32mINFO\x1b[0m - Iter(train) [ 1/40000]  lr: 1e-02  loss: 2.5\n"
         "2024/05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 9.9891e-03  eta: 5:23:11  loss: 1.9000\n"
         "2024/05/01 10:09:00 - mmengine - INFO - Iter(val) [500/500]    aAcc: 90.0000  mIoU: 61.5000  mAcc: 70.0000\n"
     )
     done = script("plot_curve.py", trained[0], log, "--out", tmp_path / "both.png")
     assert "two: 6 training entries, 2 validations" in done.stdout
-    assert "original: 1 training entries, 1 validations, best mIoU 61.50%" in done.stdout
+    assert "original: 2 training entries, 1 validations, best mIoU 61.50%" in done.stdout
+    assert read_log(log).train[0] == {"split": "train", "iter": 1, "loss": 2.5, "lr": 0.01}
+    (tmp_path / "hr18/20240501_100000").mkdir(parents=True)
+    shutil.copy(log, tmp_path / "hr18/20240501_100000/20240501_100000.log")
+    assert read_log(tmp_path / "hr18/20240501_100000/20240501_100000.log").name == "hr18"
     both = Image.open(tmp_path / "both.png")
     assert both.size == (1500, 450)
     plot_curves([read_log(trained[0]), read_log(log)], tmp_path / "log.png", log_scale=True)

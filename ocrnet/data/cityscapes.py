@@ -62,7 +62,9 @@ def train_ids_from_polygons(path: Path, table: ClassTable = CITYSCAPES) -> Image
             if name not in table.by_name and name.endswith("group"):
                 name = name[: -len("group")]
             if name not in table.by_name:
-                raise InputError(f"{path}: no label {name!r}: expected one of {', '.join(table.by_name)}")
+                raise InputError(
+                    f"{path}: no label {name!r}: expected one of {', '.join(table.by_name)}; or add it to classes.json"
+                )
             if table.by_name[name].id >= 0:
                 draw.polygon([(x, y) for x, y in item["polygon"]], fill=table.by_name[name].train_id)
     except InputError:
@@ -85,7 +87,7 @@ def train_ids_from_label_ids(path: Path, table: ClassTable = CITYSCAPES) -> Imag
     values = [v for v, count in enumerate(label_ids.histogram()[:IGNORE]) if count and v not in known]
     if values:
         ids = f"{known[0]} .. {known[-1]}" if known == list(range(len(known))) else ", ".join(map(str, known))
-        raise InputError(f"{path}: value {values[0]} is no label id: expected {ids}")
+        raise InputError(f"{path}: value {values[0]} is no label id: expected {ids}; other labels need a classes.json")
     return label_ids.point(table.train_id_of.tolist())
 
 
@@ -237,7 +239,8 @@ def pack_samples(samples: Sequence[Sample], workers: int | None = None) -> None:
         free = shutil.disk_usage(root).free
         if needed > free:
             raise InputError(
-                f"packing {len(missing)} pictures needs {needed:,} bytes in {root}, where {free:,} are free"
+                f"packing {len(missing)} pictures needs {needed:,} bytes in {root}, where {free:,} are free: "
+                f"make room, or leave out --pack"
             )
     with ProcessPoolExecutor(workers) as pool:
         done = pool.map(pack, missing, chunksize=8)
@@ -302,7 +305,8 @@ def class_counts(sample: Sample, num_classes: int) -> list[int]:
     for value in range(num_classes, IGNORE):
         if counts[value]:
             raise InputError(
-                f"{sample.label}: {counts[value]} pixels of value {value}: expected 0 .. {num_classes - 1} or {IGNORE}"
+                f"{sample.label}: {counts[value]} pixels of value {value}: expected train ids 0 .. {num_classes - 1} "
+                f"or {IGNORE}; if these are label ids, name the file _labelIds.png and run prepare_cityscapes.py"
             )
     return [*counts[:num_classes], counts[IGNORE]]
 

@@ -190,15 +190,19 @@ def load_weights(model: OCRNet, path: Path) -> Report:
     backbone = [name for name in own if name.startswith("backbone.")]
     share = len(set(backbone) & set(loaded)) / len(backbone)
     if share < 0.95:
-        raise InputError(f"{path}: holds {share:.0%} of the backbone's tensors: expected weights of the same variant")
+        raise InputError(
+            f"{path}: holds {share:.0%} of the backbone's tensors: expected weights of the same variant: which --model?"
+        )
     for name in loaded:
         if tensors[name].shape != own[name].shape:
             found, expected = tuple(tensors[name].shape), tuple(own[name].shape)
-            raise InputError(f"{path}: {name} is {found}: the model expects {expected}")
+            raise InputError(f"{path}: {name} is {found}, the model expects {expected}: which --model, which classes?")
     ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys())
     for name in ignored:
         if not name.removeprefix("backbone.").startswith(NOT_OURS):
-            raise InputError(f"{path}: the model has no place for {name}: expected weights of the same variant")
+            raise InputError(
+                f"{path}: the model has no place for {name}: expected weights of the same variant: which --model?"
+            )
     model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     return Report(source, loaded, ignored, missing)
@@ -214,7 +218,9 @@ def build_for(path: Path) -> OCRNet:
     _, names = translate(theirs)
     shapes = {names[name]: x.shape for name, x in theirs.items()}
     if "head.classifier.1.weight" not in shapes:
-        raise InputError(f"{path}: no OCR head in it: expected weights of a whole OCRNet, not of a backbone alone")
+        raise InputError(
+            f"{path}: no OCR head in it: expected a whole OCRNet; train.py --weights takes a backbone alone"
+        )
     blocks = len({name.split(".")[2] for name in shapes if name.startswith("backbone.layer1.")})
     if "backbone.transition1.0.0.weight" in shapes:
         found = dict(width=shapes["backbone.transition1.0.0.weight"][0], num_blocks=blocks)

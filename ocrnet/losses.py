@@ -75,5 +75,8 @@ def poly_lr(lr: float, t: int, T: int, min_lr: float = 1e-4, power: float = 0.9)
     """Learning rate of iteration t = 0 .. T - 1: ``lr`` in the first, ``min_lr`` in the last.
 
     As mmengine's PolyLR, whose decay is over T - 1 steps.
+
+    >>> [round(poly_lr(0.01, t, T=40_000), 5) for t in (0, 20_000, 39_999)]
+    [0.01, 0.00541, 0.0001]
     """
     return (lr - min_lr) * (1 - t / max(T - 1, 1)) ** power + min_lr

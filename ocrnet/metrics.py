@@ -13,6 +13,11 @@ from torch import Tensor
 class ConfusionMatrix:
     """K x K pixel counts: row = what the label says, column = what was predicted.
 
+    >>> matrix = ConfusionMatrix(num_classes=2)
+    >>> matrix.update(target=torch.tensor([0, 0, 1, 255]), prediction=torch.tensor([0, 1, 1, 0]))
+    >>> matrix.counts.tolist(), matrix.iou().tolist()
+    ([[1, 1], [0, 1]], [0.5, 0.5])
+
     Args:
         num_classes: K. Label 255 is left out.
         device: where it is kept, which is where the process group wants it for ``reduce``.

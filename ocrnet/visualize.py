@@ -328,7 +328,11 @@ def parse_mmengine_line(line: str, train: list[dict]) -> dict:
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """Running mean over the last ``window`` values (over fewer at the beginning)."""
+    """Running mean over the last ``window`` values (over fewer at the beginning).
+
+    >>> smooth([4, 2, 0, 0], window=2).tolist()
+    [4.0, 3.0, 1.0, 0.0]
+    """
     sums = np.cumsum(np.concatenate([[0.0], values]))
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(stop - window, 0)

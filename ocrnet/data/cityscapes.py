@@ -424,6 +424,10 @@ class EndlessSampler(Sampler):
     Process r of R takes every R-th entry from r on, so that R processes of batch b see, step by step, the same pictures
     as one process of batch R * b; nothing is padded or dropped at an epoch's end. ``start`` entries of the whole
     sequence are skipped, which is how a run goes on in the middle of an epoch.
+
+    >>> one, two = (EndlessSampler(size=3, seed=0, rank=rank, world_size=2) for rank in (0, 1))
+    >>> [epoch for epoch, index in itertools.islice(one, 4)], [epoch for epoch, index in itertools.islice(two, 4)]
+    ([0, 0, 1, 2], [0, 1, 1, 2])
     """
 
     def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):

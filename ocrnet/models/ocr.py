@@ -40,6 +40,11 @@ class SpatialGather(nn.Module):
     f_k = sum_i m~_ki x_i, with m~_k the softmax of region map k over the *pixels*, so that the N weights of a class
     sum to one. Runs in fp32 whatever autocast says: a weight is about 1/N (3e-5 for the 32,768 pixels of a 512x1024
     crop), below the smallest normal fp16 number (6e-5), and the sum has as many terms.
+
+    >>> x = torch.tensor([1.0, 2.0, 9.0]).view(1, 1, 1, 3)  # three pixels of one channel
+    >>> regions = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 50.0]]).view(1, 2, 1, 3)  # of two classes
+    >>> SpatialGather()(x, regions).flatten().tolist()  # the mean of all pixels; the third alone
+    [4.0, 9.0]
     """
 
     def forward(self, x: Tensor, region_logits: Tensor) -> Tensor:

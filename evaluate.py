@@ -7,7 +7,7 @@
     python evaluate.py --ckpt runs/hr18/best.pt --split test --export out           PNGs for the test server
 
 --ckpt takes runs of train.py, and checkpoints of mmsegmentation's OCRNet and of the authors' HRNet-OCR as they are.
---save writes NAME.png (Cityscapes' colours) and NAME_overlay.png (laid over the photo) for each picture.
+--save writes NAME.png (the data set's colours) and NAME_overlay.png (laid over the photo) for each picture.
 """
 
 import argparse
@@ -55,7 +55,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100),
     )
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="last.pt or best.pt of a run")
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, metavar="FILE", help="of a run, of mmsegmentation or of the authors"
+    )
     group = parser.add_argument_group("scoring")
     group.add_argument(
         "--data", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="the data set (default: %(default)s)"
@@ -65,8 +67,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs there instead of scoring")
     group.add_argument("--baseline", action="store_true", help="also score each row's most frequent class in training")
     group = parser.add_argument_group("pictures")
-    group.add_argument("--images", type=Path, nargs="+", metavar="FILE_OR_DIR", help="colour these instead of scoring")
-    group.add_argument("--save", type=Path, metavar="DIR", help="where the coloured pictures go")
+    group.add_argument("--images", type=Path, nargs="+", metavar="FILE_OR_DIR", help="look at these instead of scoring")
+    group.add_argument("--save", type=Path, metavar="DIR", help="where they go, coloured by class")
     group.add_argument(
         "--explain", type=Path, metavar="DIR", help="draw each step of the method for them there, at scale 1"
     )
@@ -76,7 +78,7 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         action="append",
         metavar=("X", "Y"),
-        help="whose relation --explain shows; may recur",
+        help="pixel whose relation --explain draws; repeatable",
     )
     group = parser.add_argument_group("how to look at a photo")
     group.add_argument(
@@ -90,12 +92,14 @@ def parse_args() -> argparse.Namespace:
         "--device", metavar="NAME", choices=KINDS, help="sdaa, cuda or cpu (default: the first that is there)"
     )
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
-    group.add_argument(
-        "--workers", metavar="N", type=int, default=2, help="loader processes a process (default: %(default)s)"
-    )
+    group.add_argument("--workers", metavar="N", type=int, default=2, help="loaders per process (default: %(default)s)")
     args = parser.parse_args()
     if bool(args.images) != bool(args.save or args.explain):
         parser.error("--images goes with --save or --explain: which pictures, and where what is drawn of them goes")
+    if args.explain and (args.scales != [1.0] or args.flip or args.slide):
+        parser.error(
+            "--explain: shows one look at the photo, whole and at scale 1: leave out --scales, --flip, --slide"
+        )
     if args.pixel and not args.explain:
         parser.error("--pixel: is for --explain DIR")
     if args.split == "test" and not (args.export or args.images):
@@ -195,7 +199,8 @@ def score_split(
     print(f"{args.ckpt} on {args.data}, {args.split}: {len(samples)} pictures\n")
     print_scores(scores)
     if args.baseline:
-        labels = [map(read_label_tensor, found) for found in (find_samples(args.data, "train"), samples)]
+        both = (find_samples(args.data, "train"), samples)
+        labels = [map(read_label_tensor, tqdm(found, desc="baseline", disable=None, leave=False)) for found in both]
         baseline = scores["row_baseline"] = summarise(row_baseline(*labels, len(table)), table)
         numbers = f"mIoU {100 * baseline['mIoU']:.2f}, of the classes that occur {100 * baseline['mIoU_present']:.2f}"
         print(f"\nalways the row's most frequent class in training, without looking at the photo: {numbers}")

@@ -4,8 +4,8 @@
     python plot_curve.py runs/hr18 runs/hr48 --out both.png
     python plot_curve.py runs/hr18 train_sdaa_3rd.log --out both.png    beside a log of mmengine
 
-A log is a run's folder, its log.jsonl, or the text that mmengine (mmsegmentation 1.x) prints or writes. A run is called
-as its folder.
+A log is a run's folder, its log.jsonl, or the text that mmengine (mmsegmentation 1.x) prints or writes. A curve
+is labelled with the run's folder, or with the name of a text log.
 """
 
 import argparse

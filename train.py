@@ -71,7 +71,12 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument("--head", metavar="NAME", choices=HEADS, default="ocr", help="ocr, or fcn: the backbone alone")
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from these, such as an ImageNet HRNet's")
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL)")
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run (default: runs/MODEL, with --head fcn runs/MODEL-fcn)",
+    )
     group.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
     group.add_argument("--dry-run", action="store_true", help="say what would be trained, on what, and stop")
     group = parser.add_argument_group("recipe")
@@ -81,7 +86,7 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=[512, 1024],
         metavar=("H", "W"),
-        help="pixels cut from a picture (default: 512 1024)",
+        help="pixels that the network sees (default: 512 1024)",
     )
     group.add_argument(
         "--scales",
@@ -89,12 +94,12 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         default=[0.5, 2.0],
         metavar=("MIN", "MAX"),
-        help="sizes at which pictures are seen (default: 0.5 2.0)",
+        help="range of the random resizing (default: 0.5 2.0)",
     )
     group.add_argument(
-        "--batch-size", metavar="N", type=int, default=2, help="pictures a process (default: %(default)s)"
+        "--batch-size", metavar="N", type=int, default=2, help="pictures per process (default: %(default)s)"
     )
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches that make a step (default: 1)")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per step (default: 1)")
     group.add_argument(
         "--iters", metavar="N", type=int, default=40_000, help="steps of the optimizer (default: %(default)s)"
     )
@@ -106,7 +111,7 @@ def parse_args() -> argparse.Namespace:
         "--colour", action=argparse.BooleanOptionalAction, default=True, help="colour change (default: on)"
     )
     group.add_argument("--class-weights", action="store_true", help="weigh classes as the authors do")
-    group.add_argument("--ohem", type=float, metavar="P", help="only pixels whose class got less than P (0.7, 0.9)")
+    group.add_argument("--ohem", type=float, metavar="P", help="final loss of pixels below probability P (0.7, 0.9)")
     group.add_argument("--align-corners", action="store_true", help="resize maps as the authors do")
     group.add_argument(
         "--dropout", metavar="P", type=float, help="before the classifier (default: 0, ResNet 0.1, authors 0.05)"
@@ -120,9 +125,7 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument(
-        "--workers", metavar="N", type=int, default=4, help="loader processes a process (default: %(default)s)"
-    )
+    group.add_argument("--workers", metavar="N", type=int, default=4, help="loaders per process (default: %(default)s)")
     group.add_argument(
         "--timeout", metavar="S", type=float, default=600, help="seconds to wait for a process (default: 600)"
     )
@@ -137,7 +140,7 @@ def parse_args() -> argparse.Namespace:
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args()
-    args.out = args.out or Path("runs") / args.model
+    args.out = args.out or Path("runs") / (args.model if args.head == "ocr" else f"{args.model}-{args.head}")
     for name in ("batch_size", "accumulate", "iters", "val_every", "save_every", "log_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
@@ -175,12 +178,12 @@ def check_resumable(state: dict, args: argparse.Namespace, run: dict, last: Path
         now = getattr(args, name)
         if now != before[name]:
             raise InputError(
-                f"--{name.replace('_', '-')} {now}: {last} is of a run with {before[name]}: keep that, or choose --out"
+                f"--{name.replace('_', '-')} {now}: the run of {last} has {before[name]}: give that, or another --out"
             )
     for name in ("classes", "global batch", "training pictures"):
         if run[name] != state["run"][name]:
             raise InputError(
-                f"{name} {run[name]}: {last} is of a run with {state['run'][name]}: keep that, or choose --out"
+                f"{name} {run[name]}: the run of {last} has {state['run'][name]}: give that, or another --out"
             )
     changed = [
         f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {before[name]}"
@@ -278,7 +281,7 @@ def main() -> None:
     elif not args.demo:
         say("WARNING: training from RANDOM weights. The published scores start from an ImageNet HRNet: --weights FILE.")
     if args.dry_run:
-        say(f"memory: at least {memory_estimate(model, args.batch_size, args.crop, amp):.1f} GiB a process")
+        say(f"memory: at least {memory_estimate(model, args.batch_size, args.crop, amp):.1f} GiB per process")
         say(f"every {args.val_every} iterations validation, every {args.save_every} a checkpoint; nothing was started")
         accelerator.close()
         return

@@ -93,9 +93,9 @@ def segment(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool
 
 
 class Explanation(NamedTuple):
-    """What OCRNet computes on its way for one photo; h w are the feature map's size, N = h * w."""
+    """What OCRNet computes on its way for one photo; h w are the feature map's size, C its channels."""
 
-    m: Tensor  # (K, h, w) soft object regions: each a distribution over the pixels, which sums to one
+    m: Tensor  # (K, h, w) weights of the soft object regions: over the pixels each sums to one
     f: Tensor  # (K, C) object region representations
     w: Tensor  # (K, h, w) pixel-region relation: at each pixel it sums to one over the regions
     coarse: Tensor  # (K, H, W) class probabilities of the first, coarse segmentation, which the regions come from
@@ -104,7 +104,7 @@ class Explanation(NamedTuple):
 
 @torch.inference_mode()
 def explain(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool = False) -> Explanation:
-    """One photo, uint8 (3, H, W), seen once at its own size -> every intermediate quantity, float32 on the CPU."""
+    """One photo, uint8 (3, H, W), seen once at its own size -> what the method computes on its way, float32."""
     seen = {}
     hooks = [
         module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (*inputs, output)}))

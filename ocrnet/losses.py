@@ -63,7 +63,7 @@ def ocr_loss(
         outputs: logits and, but for FCNHead, region logits (B, K, H, W).
         label: (B, H, W) int64.
         weight: of each class (K,).
-        ohem: count only pixels of the final segmentation that are this hard; see ``hard_pixel_loss``.
+        ohem: in the final segmentation's loss count only pixels that are this hard; see ``hard_pixel_loss``.
     """
     logits, *region_logits = outputs
     final = pixel_loss(logits, label, weight) if ohem is None else hard_pixel_loss(logits, label, ohem, weight=weight)
@@ -74,7 +74,7 @@ def ocr_loss(
 def poly_lr(lr: float, t: int, T: int, min_lr: float = 1e-4, power: float = 0.9) -> float:
     """Learning rate of iteration t = 0 .. T - 1: ``lr`` in the first, ``min_lr`` in the last.
 
-    As mmengine's PolyLR, whose decay is over T - 1 steps.
+    As mmengine's PolyLR, whose decay is over T - 1 steps. The paper's ends at 0.
 
     >>> [round(poly_lr(0.01, t, T=40_000), 5) for t in (0, 20_000, 39_999)]
     [0.01, 0.00541, 0.0001]

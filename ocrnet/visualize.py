@@ -209,6 +209,11 @@ def draw_relation(
     image = matrix.imshow(np.array(rows), vmin=0, vmax=1, cmap="magma", aspect="auto")
     matrix.set_xticks(range(len(table)), table.names, rotation=45, ha="right")
     matrix.set_yticks(range(len(names)), names)
+    for i, row in enumerate(rows):
+        for k, share in enumerate(row):
+            if share >= 0.005:
+                color = "black" if share > 0.6 else "white"
+                matrix.text(k, i, f"{share:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=color)
     matrix.set(xlabel="region", ylabel="pixel: what it is predicted as (x, y)")
     fig.colorbar(image, ax=matrix, label="w: the pixel's relation to the region; a row sums to 1")
     fig.suptitle("3. Pixel-region relation: from which regions a pixel takes its context")

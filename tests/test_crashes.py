@@ -153,7 +153,7 @@ def test_a_disk_without_room_leaves_the_last_checkpoint(script, undisturbed, tmp
 def test_a_run_of_another_model_is_not_resumed(script, undisturbed, data):
     flags = [*RUN, *RHYTHM, "--data", data, "--out", undisturbed, "--resume", "--model", "hr18"]
     done = script("train.py", *flags, ok=False)
-    assert re.search("error: --model hr18: .*last.pt is of a run with hr18s", done.stderr)
+    assert re.search("error: --model hr18: the run of .*last.pt has hr18s", done.stderr)
 
 
 ARGS = dict(
@@ -174,13 +174,13 @@ def compare(args, where):
 @pytest.mark.parametrize(
     ("args", "where", "message"),
     [
-        ({"iters": 10}, {}, "--iters 10: last.pt is of a run with 9"),
-        ({"seed": 1}, {}, "--seed 1: last.pt is of a run with 0"),
-        ({"head": "fcn"}, {}, "--head fcn: last.pt is of a run with ocr"),
-        ({"align_corners": True}, {}, "--align-corners True: last.pt is of a run with False"),
-        ({}, {"classes": 4}, "classes 4: last.pt is of a run with 19"),
-        ({}, {"global batch": 6}, "global batch 6: last.pt is of a run with 4"),
-        ({}, {"training pictures": 7}, "training pictures 7: last.pt is of a run with 6"),
+        ({"iters": 10}, {}, "--iters 10: the run of last.pt has 9"),
+        ({"seed": 1}, {}, "--seed 1: the run of last.pt has 0"),
+        ({"head": "fcn"}, {}, "--head fcn: the run of last.pt has ocr"),
+        ({"align_corners": True}, {}, "--align-corners True: the run of last.pt has False"),
+        ({}, {"classes": 4}, "classes 4: the run of last.pt has 19"),
+        ({}, {"global batch": 6}, "global batch 6: the run of last.pt has 4"),
+        ({}, {"training pictures": 7}, "training pictures 7: the run of last.pt has 6"),
     ],
 )
 def test_what_would_make_another_run_is_refused_with_both_values(args, where, message):

@@ -15,7 +15,7 @@ each value that its annotations take,
     train_id   the class that the network learns, 0 .. K-1; labels of one train id are one class, which has the name, id
                and color of the first; 255: not scored
     color      red, green, blue, 0 .. 255
-    category   a group of classes that is also scored as one; left out: none
+    category   a group of classes that is also scored as one; left out: one of its own, called as the label
 
 Letters: K classes.
 """

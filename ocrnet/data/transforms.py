@@ -3,7 +3,7 @@
 In a loader's worker, photo and label together: a part of the picture is drawn (``draw_box``), cut out, resized to the
 crop and perhaps mirrored (``cut``), and the numbers of a colour change are drawn (``draw_colour``). On the device, a
 whole batch at once: the colour change itself and the normalising (``to_input``). Source of every number:
-mmsegmentation's cityscapes_1024x1024 recipe for OCRNet.
+mmsegmentation's ocrnet_hr18_4xb2-40k_cityscapes-512x1024.
 
 Letters: B batch, H W the picture's size, h w the crop's.
 """

@@ -1,4 +1,4 @@
-"""The network: image in, two logit maps out. Knows nothing of data, devices or, but for weights.py, files."""
+"""The network: image in, two logit maps out. Knows nothing of data and devices; only weights.py reads files."""
 
 from .hrnet import HRNet
 from .ocr import ObjectAttention, OCRHead, SpatialGather

@@ -15,11 +15,11 @@ The fuse as the paper has it, R_i the representation at resolution i of a module
 
     R_i <- sum_j f_ji(R_j),   f_ji: nothing for j = i, 3x3 convolutions of stride 2 down, bilinear and a 1x1 up
 
-The text enlarges before that 1x1, here as in the authors' code it comes first: the same result, for less work at the
-smaller size. Not in the text: the ReLU behind the sum.
+The text enlarges before that 1x1; here, as in the authors' code, the 1x1 comes first: less work on the smaller map, and
+the same function but for its BatchNorm, which in training sees that map. Not in the text: the ReLU behind the sum.
 
-Letters: B batch, C the width (channels of branch 0; 18 for W18), H W the image's size, h w a branch's. Parameter names
-are the authors', so that their ImageNet weights fit as they are.
+Letters: B batch, C the width (channels of branch 0; 18 for W18), H W the image's size, h w that of branch 0. Parameter
+names are the authors', so that their ImageNet weights fit as they are.
 """
 
 from collections.abc import Sequence
@@ -137,7 +137,8 @@ class HRModule(nn.Module):
 def transition(in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.ModuleList:
     """From the branches of one stage to those of the next: a layer for each branch of the next stage.
 
-    Branches whose width stays pass unchanged. The new, coarsest one is a 3x3 of stride 2 on the coarsest there was.
+    A branch whose width stays passes unchanged, one whose width changes (after stage 1) gets a 3x3. The new, coarsest
+    one is a 3x3 of stride 2 on the coarsest there was.
     """
     layers = []
     for i, channels in enumerate(out_channels):
@@ -159,10 +160,11 @@ class HRNet(nn.Module):
     """HRNetV2: the four branches' last maps, all brought to 1/4 of the image and concatenated.
 
     image (B, 3, H, W) -> twice the same (B, 15C, H/4, W/4): what OCR makes its regions from and what it makes its
-    pixel representations from, which for this backbone is one thing. Sizes are rounded up; any image size works.
+    pixel representations from, which for this backbone is one thing. Sizes are rounded up; any image size works. The
+    paper's 1x1 convolution that mixes the four is the first layer of what follows: of the region head or of FCNHead.
 
     Args:
-        width: C, the channels of the finest branch (18, 32 or 48 in the paper).
+        width: C, the channels of the finest branch (18, 32, 40 or 48 in the paper).
         num_modules: HRModules in stages 2, 3 and 4.
         num_blocks: residual blocks in stage 1, and in each branch of an HRModule.
         align_corners: how coarser branches are resized in the fuse. See ``upsample``.

@@ -4,27 +4,34 @@ Paper: "Object-Contextual Representations for Semantic Segmentation", https://ar
 
     the paper, section 3                                                          here             shape
     soft object regions      M_1 .. M_K, a first, coarse segmentation             region_head      (B, K, H, W)
+    pixel representations    x_i                                                  pixel_head       x (B, C, H, W)
     object region            f_k = sum_i m~_ki x_i                                SpatialGather    f (B, C, K, 1)
       representations        m~_k = softmax of M_k over the pixels i                               m (B, K, N)
     pixel-region relation    w_ik = exp kappa(x_i, f_k) / sum_j exp kappa(x_i, f_j)                w (B, N, K)
                              kappa(x, f) = phi(x)^T psi(f) / sqrt(D)              ObjectAttention.relation
     object-contextual        y_i = rho( sum_k w_ik delta(f_k) )                   ObjectAttention  y (B, C, H, W)
     augmented                z_i = g( [y_i, x_i] )                                OCRHead.augment  z (B, C, H, W)
+    final segmentation                                                            classifier       (B, K, H, W)
+
+M are the region logits. They are used twice: the loss takes their softmax over the *classes*, the gather over the
+*pixels*.
 
 Letters: B batch, C channels of a pixel representation (512), H W the feature map's size, N = H * W its pixels,
-K classes (one object region each), D key channels (256). Tensors carry the paper's letters: x pixel representations,
-m the weights of the soft object regions, f region representations, w relations, y contexts, z augmented.
+K classes (one object region each), D channels of phi, psi and delta (256). Tensors carry the paper's letters:
+x pixel representations, m weights of the soft object regions, f region representations, w relations, y contexts,
+z augmented; and those of attention: q = phi(x), k = psi(f) / sqrt(D), v = what the relation mixes.
 
-Where this is not what the paper's text says, it is what the authors' code does, and so what every checkpoint needs:
+Where the text says something else, or nothing, this is the authors' code, and so what every checkpoint needs:
 
     1/sqrt(D)      the text's kappa has none. It keeps the sums of D products, and with them the softmax, from growing
                    with D until one region takes all and the others get no gradient.
-    phi, psi       two 1x1 convolutions each, the text says one.
-    no detach      the final loss reaches the region maps through m, and shapes them beside their own loss.
-    [y_i, x_i]     the text has x_i first; the order of g's weights and nothing else.
+    region_head    has a hidden layer; the text has one 1x1 convolution.
+    phi, psi       two 1x1 convolutions each; the text says one.
+    no detach      the final loss reaches the region logits through m, and shapes them beside their own loss.
+    [y_i, x_i]     the text has x_i first: the order of g's weights and nothing else.
 
-And where it is not what either does: the gather is in fp32 (see there), rho's convolution is on the regions, g's is of
-y and of x (see there). These change no result but by rounding.
+And where it is neither's, it is the same up to rounding: the gather runs in fp32 (SpatialGather says why), rho's
+convolution runs on the regions (ObjectAttention), g's on y and on x, added (OCRHead.augment).
 """
 
 import torch
@@ -63,8 +70,8 @@ class ObjectAttention(nn.Module):
     w_ik = softmax over the *classes* of phi(x_i)^T psi(f_k) / sqrt(D); y_i = rho(sum_k w_ik delta(f_k)).
     phi, psi, delta and rho are 1x1 convolutions with BatchNorm and ReLU, phi and psi two of them.
 
-    rho's convolution is applied to the K regions instead of to the N pixels: it has no bias, so that the projection of
-    a weighted sum is the weighted sum of the projections.
+    rho's convolution is applied to the K regions instead of to the N pixels: projected before or after the weighted
+    sum, it is the same, and K is 19 where N is 32,768.
     """
 
     def __init__(self, in_channels: int = 512, key_channels: int = 256):
@@ -84,7 +91,7 @@ class ObjectAttention(nn.Module):
         return relu(bn(y))
 
     def relation(self, x: Tensor, f: Tensor) -> Tensor:
-        """w (B, N, K): how much pixel i belongs to each of the K regions; each row sums to one."""
+        """w (B, N, K): relation of pixel i to each region, the weights of its context; each row sums to one."""
         q = self.phi(x).flatten(2).transpose(1, 2)  # (B, N, D)
         k = self.psi(f).flatten(2) * self.scale  # (B, D, K), scaled before the product: fp16's range is small
         return (q @ k).softmax(dim=2)
@@ -129,7 +136,7 @@ class OCRHead(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1))
 
     def forward(self, region_features: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Two feature maps (B, channels, H, W) -> logits (B, K, H, W), region_logits (B, K, H, W)."""
+        """(B, region_in_channels, H, W), (B, in_channels, H, W) -> logits and region_logits, both (B, K, H, W)."""
         region_logits = self.region_head(region_features)  # (B, K, H, W) soft object regions, before their softmax
         x = self.pixel_head(features)  # (B, C, H, W) pixel representations
         f = self.gather(x, region_logits)  # (B, C, K, 1) object region representations
@@ -138,7 +145,7 @@ class OCRHead(nn.Module):
         return self.classifier(z), region_logits
 
     def augment(self, y: Tensor, x: Tensor) -> Tensor:
-        """z = g([y, x]), all (B, C, H, W): a convolution of [y, x] is that of y plus that of x, so none is written."""
+        """z = g([y, x]), all three (B, C, H, W); g's convolution of y and of x, added: [y, x] is never stored."""
         conv, bn, relu = self.g
         of_y, of_x = conv.weight.chunk(2, dim=1)  # (C, C, 1, 1) each
         return relu(bn(F.conv2d(y, of_y) + F.conv2d(x, of_x)))

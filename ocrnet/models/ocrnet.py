@@ -1,10 +1,11 @@
 """OCRNet: a backbone, the OCR head, and both segmentations brought back to the image's size.
 
     image (B, 3, H, W) -> backbone: features at 1/4 -> OCRHead: two logit maps (B, K, H/4, W/4) -> two (B, K, H, W)
+                          (with ResNet 1/8)
 
 In the OCR head's place FCNHead: the baseline that the paper's tables compare with.
 
-Letters: B batch, H W the image's size, K classes.
+Letters: B batch, H W the image's size, K classes, C the width of HRNet.
 """
 
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from ..errors import InputError
 from .hrnet import HRNet, conv_bn
 from .ocr import OCRHead
 
-# The variants. Of HRNet: width C, HRModules in stages 2 to 4, residual blocks a branch. A new width is a new line here.
+# The variants of HRNet: width C, HRModules in stages 2 to 4, residual blocks per branch. A new width is a new line.
+# hr18s is the authors' W18-Small-v2.
 HRNETS = {
     "hr18s": dict(width=18, num_modules=(1, 3, 2), num_blocks=2),
     "hr18": dict(width=18, num_modules=(1, 4, 3), num_blocks=4),
@@ -29,7 +31,8 @@ VARIANTS = (*HRNETS, *RESNETS)
 class FCNHead(nn.Module):
     """The backbone alone: each pixel's class from its own features, without any object's context.
 
-    As mmsegmentation's FCNHead on HRNet: what the regions are made with in OCRHead, trained for the result itself.
+    With HRNet the layers of OCRHead's region head, as in mmsegmentation; with ResNet a 3x3 to 512 channels on stage 4.
+    There is no other output, and so no other loss.
 
     Args:
         in_channels: channels of the features.
@@ -76,12 +79,12 @@ class OCRNet(nn.Module):
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         for conv in convolutions:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        for classifier in [conv for conv in convolutions if conv.bias is not None]:  # the others have a BatchNorm's
+        for classifier in [conv for conv in convolutions if conv.bias is not None]:  # behind others: BatchNorm
             nn.init.normal_(classifier.weight, std=0.01)
             nn.init.zeros_(classifier.bias)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        region_features, features = self.backbone(image)  # (B, 15C, H/4, W/4) each
+        region_features, features = self.backbone(image)  # (B, 15C, H/4, W/4) each with HRNet
         maps = self.head(region_features, features)  # logits and region logits, (B, K, H/4, W/4) each
         return tuple(self.resize(logits, image) for logits in maps)  # (B, K, H, W) each
 

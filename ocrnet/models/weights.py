@@ -83,7 +83,7 @@ class Report(NamedTuple):
 
         counts = f"{len(self.loaded)} tensors loaded from {self.source}"
         ignored = f"{len(self.ignored)} ignored, for which the model has no place{some(self.ignored)}"
-        return f"{counts}; {ignored}; {len(self.missing)} missing, which keep their start{some(self.missing)}"
+        return f"{counts}; {ignored}; {len(self.missing)} missing, which keep their initial values{some(self.missing)}"
 
 
 def read_file(path: Path) -> Any:
@@ -191,17 +191,17 @@ def load_weights(model: OCRNet, path: Path) -> Report:
     share = len(set(backbone) & set(loaded)) / len(backbone)
     if share < 0.95:
         raise InputError(
-            f"{path}: holds {share:.0%} of the backbone's tensors: expected weights of the same variant: which --model?"
+            f"{path}: holds {share:.0%} of the backbone's tensors: weights of another variant: set --model to theirs"
         )
     for name in loaded:
         if tensors[name].shape != own[name].shape:
             found, expected = tuple(tensors[name].shape), tuple(own[name].shape)
-            raise InputError(f"{path}: {name} is {found}, the model expects {expected}: which --model, which classes?")
+            raise InputError(f"{path}: {name} is {found}, the model expects {expected}: set --model to theirs")
     ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys())
     for name in ignored:
         if not name.removeprefix("backbone.").startswith(NOT_OURS):
             raise InputError(
-                f"{path}: the model has no place for {name}: expected weights of the same variant: which --model?"
+                f"{path}: the model has no place for {name}: weights of another variant: set --model to theirs"
             )
     model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]

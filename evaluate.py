@@ -13,7 +13,7 @@
 import argparse
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -40,12 +40,13 @@ from ocrnet.data.cityscapes import (
 )
 from ocrnet.data.classes import AVERAGE_INSTANCE, CITYSCAPES, ClassTable, read_classes
 from ocrnet.device import KINDS, Accelerator
-from ocrnet.errors import InputError, run
+from ocrnet.errors import InputError, run_script
 from ocrnet.inference import explain, predict, score
 from ocrnet.metrics import ConfusionMatrix, InstanceScore, row_baseline
 from ocrnet.models import OCRNet
 from ocrnet.visualize import overlay, save_explanation
 
+Look = Callable[[OCRNet, Tensor, Accelerator], Tensor]  # predict, at the scales and so on of the flags
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -106,6 +107,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--split test: its labels are not public: write PNGs for the test server with --export DIR")
     if min(args.scales) <= 0 or min(args.slide or [1]) < 1 or min(args.stride or [1]) < 1:
         parser.error("--scales, --slide, --stride: expected numbers above 0")
+    if args.stride and not (args.slide and args.stride[0] <= args.slide[0] and args.stride[1] <= args.slide[1]):
+        parser.error("--stride: is for --slide, and no larger, or pixels between the windows would not be seen")
     return args
 
 
@@ -176,7 +179,7 @@ def print_scores(scores: dict) -> None:
 
 
 def score_split(
-    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, how: dict
+    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, look: Look
 ) -> None:
     own = read_classes(args.data)
     if own.names != table.names:
@@ -185,6 +188,7 @@ def score_split(
             f"{', '.join(table.names)}: score it on the data it is of, or mend classes.json"
         )
     samples = find_samples(args.data, args.split)
+    train = find_samples(args.data, "train") if args.baseline else []
     check_samples(samples[accelerator.rank :: accelerator.world_size], len(table), quiet=not accelerator.is_main)
     accelerator.barrier()
     instances = None
@@ -192,15 +196,15 @@ def score_split(
         sizes = torch.tensor([AVERAGE_INSTANCE.get(name, math.nan) for name in table.names], dtype=torch.float64)
         instances = InstanceScore(sizes, table.category_of, accelerator.device)
     dataset = WholeImages(samples, instances=instances is not None)
-    confusion = score(model, dataset, len(table), accelerator, args.workers, instances, **how)
+    confusion = score(model, dataset, len(table), accelerator, args.workers, instances, look)
     if not accelerator.is_main:
         return
     scores = summarise(confusion, table, instances)
     print(f"{args.ckpt} on {args.data}, {args.split}: {len(samples)} pictures\n")
     print_scores(scores)
     if args.baseline:
-        both = (find_samples(args.data, "train"), samples)
-        labels = [map(read_label_tensor, tqdm(found, desc="baseline", disable=None, leave=False)) for found in both]
+        bars = [tqdm(part, desc="baseline", disable=None, leave=False) for part in (train, samples)]
+        labels = [map(read_label_tensor, bar) for bar in bars]
         baseline = scores["row_baseline"] = summarise(row_baseline(*labels, len(table)), table)
         numbers = f"mIoU {100 * baseline['mIoU']:.2f}, of the classes that occur {100 * baseline['mIoU_present']:.2f}"
         print(f"\nalways the row's most frequent class in training, without looking at the photo: {numbers}")
@@ -240,9 +244,9 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     return pictures
 
 
-def predict_classes(model: OCRNet, photo: Image.Image, accelerator: Accelerator, how: dict) -> np.ndarray:
+def predict_classes(model: OCRNet, photo: Image.Image, accelerator: Accelerator, look: Look) -> np.ndarray:
     """Photo -> train ids, uint8 (H, W)."""
-    return predict(model, to_tensor(photo)[None], accelerator, **how).argmax(1)[0].byte().cpu().numpy()
+    return look(model, to_tensor(photo)[None], accelerator).argmax(1)[0].byte().cpu().numpy()
 
 
 def my_share(pictures: Sequence[Path], accelerator: Accelerator, verb: str) -> Iterable[Path]:
@@ -257,31 +261,37 @@ def save_png(picture: np.ndarray, path: Path) -> None:
 
 
 def colour_pictures(
-    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, how: dict
+    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, look: Look
 ) -> None:
     pictures = find_pictures(args.images)
     args.save.mkdir(parents=True, exist_ok=True)
+    targets = [args.save / f"{path.stem}{ending}.png" for path in pictures for ending in ("", "_overlay")]
+    for target in targets:
+        if target.resolve() in [path.resolve() for path in pictures] or targets.count(target) > 1:
+            raise InputError(f"--save {args.save}: would write over {target}: choose another folder")
     for path in my_share(pictures, accelerator, "colouring"):
         photo = read_photo(path)
-        colours = table.palette[predict_classes(model, photo, accelerator, how)]
+        colours = table.palette[predict_classes(model, photo, accelerator, look)]
         save_png(colours, args.save / f"{path.stem}.png")
         save_png(overlay(np.asarray(photo), colours), args.save / f"{path.stem}_overlay.png")
     if accelerator.is_main:
         print(f"{len(pictures)} pictures: NAME.png and NAME_overlay.png in {args.save}")
 
 
-def label_of(picture: Path, num_classes: int) -> np.ndarray | None:
-    """The train ids (H, W) of a data set's photo, checked against it; None where there are none."""
+def label_of(picture: Path, table: ClassTable) -> np.ndarray | None:
+    """The train ids (H, W) of a data set's photo, checked against it; None where there are none of these classes."""
     photo = picture.resolve()
     if not photo.name.endswith("_leftImg8bit.png") or len(photo.parents) < 4 or not label_path(photo).exists():
         return None
+    if read_classes(photo.parents[3]).names != table.names:
+        return None
     sample = Sample(photo, label_path(photo))
-    class_counts(sample, num_classes)
+    class_counts(sample, len(table))
     return read_label_tensor(sample).numpy()
 
 
 def explain_pictures(
-    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, how: dict
+    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, look: Look
 ) -> None:
     """A figure a step of the method, each photo seen once at its own size."""
     if model.config["head"] != "ocr":
@@ -294,23 +304,22 @@ def explain_pictures(
             if not (0 <= x < photo.width and 0 <= y < photo.height):
                 size = f"{photo.width}x{photo.height}"
                 raise InputError(f"--pixel {x} {y}: {path} is {size}: expected X and Y inside, counted from 0")
-        label = label_of(path, len(table))
-        seen = explain(model, to_tensor(photo), accelerator, how["amp"])
-        prefix = str(args.explain / path.stem)
-        written = save_explanation(prefix, np.asarray(photo), seen, table, args.pixel or (), label)
+        explanation = explain(model, to_tensor(photo), accelerator, look.keywords["amp"])
+        prefix, pixels = str(args.explain / path.stem), args.pixel or ()
+        written = save_explanation(prefix, np.asarray(photo), explanation, table, pixels, label_of(path, table))
     if accelerator.is_main:
         print(f"{len(pictures)} pictures explained, {len(written)} figures each, as {written[0]} and so on")
 
 
 def export_split(
-    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, how: dict
+    model: OCRNet, table: ClassTable, args: argparse.Namespace, accelerator: Accelerator, look: Look
 ) -> None:
     """Label ids, one PNG a photo, of its size and under its name: what the test server takes."""
     photos = find_photos(args.data, args.split)
     label_ids = np.array(table.ids, np.uint8)  # train id -> label id
     args.export.mkdir(parents=True, exist_ok=True)
     for path in my_share(photos, accelerator, "exporting"):
-        classes = predict_classes(model, read_photo(path), accelerator, how)
+        classes = predict_classes(model, read_photo(path), accelerator, look)
         save_png(label_ids[classes], args.export / path.name)
     if accelerator.is_main:
         print(f"{len(photos)} pictures of label ids in {args.export}")
@@ -319,7 +328,8 @@ def export_split(
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(args.device)
-    how = dict(
+    look = partial(
+        predict,
         amp=accelerator.kind.amp if args.amp is None else args.amp,
         scales=args.scales,
         flip=args.flip,
@@ -336,9 +346,9 @@ def main() -> None:
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     tasks = [task for task, asked in ((colour_pictures, args.save), (explain_pictures, args.explain)) if asked]
     for task in tasks or [export_split if args.export else score_split]:
-        task(model, table, args, accelerator, how)
+        task(model, table, args, accelerator, look)
     accelerator.close()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

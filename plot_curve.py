@@ -12,7 +12,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from ocrnet.errors import run
+from ocrnet.errors import run_script
 from ocrnet.visualize import plot_curves, read_log
 
 
@@ -29,17 +29,17 @@ def main() -> None:
     )
     parser.add_argument("--log-scale", action="store_true", help="loss and learning rate on logarithmic axes")
     args = parser.parse_args()
-    runs = [read_log(log) for log in args.logs]
-    names = [log.name for log in runs]
-    runs = [log._replace(name=str(path)) if names.count(log.name) > 1 else log for log, path in zip(runs, args.logs)]
+    logs = [read_log(path) for path in args.logs]
+    names = [log.name for log in logs]
+    logs = [log._replace(name=str(path)) if names.count(log.name) > 1 else log for log, path in zip(logs, args.logs)]
     first = args.logs[0]
     out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
-    plot_curves(runs, out, args.log_scale)
-    for log in runs:
+    plot_curves(logs, out, args.log_scale)
+    for log in logs:
         best = f", best mIoU {max(entry['mIoU'] for entry in log.val):.2%}" if log.val else ""
         print(f"{log.name}: {len(log.train)} training entries, {len(log.val)} validations{best}")
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

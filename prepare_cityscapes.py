@@ -23,12 +23,13 @@ from ocrnet.data.cityscapes import (
     find_samples,
     pack_samples,
     packed_path,
+    remove_unfinished,
     write_missing_train_ids,
     write_whole,
 )
 from ocrnet.data.classes import read_classes
 from ocrnet.data.synthetic import write_dataset
-from ocrnet.errors import InputError, run
+from ocrnet.errors import InputError, run_script
 
 
 def parse_args() -> argparse.Namespace:
@@ -132,8 +133,7 @@ def main() -> None:
             f"{args.root}: no folder leftImg8bit and no *.zip: expected Cityscapes' leftImg8bit_trainvaltest.zip and "
             f"gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com, or use --synthetic"
         )
-    for part in args.root.rglob("*.part[0-9]*"):  # of a run that was killed while it wrote
-        part.unlink()
+    remove_unfinished(path for folder in ("leftImg8bit", "gtFine") for path in (args.root / folder).rglob("*.part*"))
     write_missing_train_ids(args.root, args.workers)
     print_summary(args.root)
     if args.pack:
@@ -144,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

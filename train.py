@@ -34,14 +34,14 @@ from ocrnet.data.cityscapes import (
     read_label_tensor,
     write_missing_train_ids,
 )
-from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, read_classes
+from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, read_classes
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import to_input
 from ocrnet.device import KINDS, Accelerator
-from ocrnet.errors import InputError, run
-from ocrnet.inference import score, segment
+from ocrnet.errors import InputError, run_script
+from ocrnet.inference import predict, score, segment
 from ocrnet.losses import ocr_loss, poly_lr
-from ocrnet.metrics import row_baseline
+from ocrnet.metrics import ConfusionMatrix, row_baseline
 from ocrnet.models import HEADS, VARIANTS, OCRNet, build_model, load_weights
 from ocrnet.visualize import plot_curves, read_log, save_samples, save_scores
 
@@ -165,15 +165,15 @@ class Stop:
         self.signal, self.since = signal.Signals(number), time.monotonic()
 
 
-def check_resumable(state: dict, args: argparse.Namespace, run: dict, last: Path) -> list[str]:
+def check_resumable(state: dict, args: argparse.Namespace, conditions: dict, last: Path) -> list[str]:
     """Compare a checkpoint's run with the one that is to go on: -> what may differ and does, a sentence each.
 
     Raises:
         InputError: something differs with which the run would be neither the one nor the other.
     """
-    if not {"optimizer", "args", "run"} <= state.keys():
+    if not {"optimizer", "args", "conditions"} <= state.keys():
         raise InputError(f"{last}: holds a model but no run to go on with: start from it with --weights")
-    before = state["args"]
+    before, conditions_before = state["args"], state["conditions"]
     for name in ("model", "head", "align_corners", "dropout", "iters", "seed"):
         now = getattr(args, name)
         if now != before[name]:
@@ -181,18 +181,18 @@ def check_resumable(state: dict, args: argparse.Namespace, run: dict, last: Path
                 f"--{name.replace('_', '-')} {now}: the run of {last} has {before[name]}: give that, or another --out"
             )
     for name in ("classes", "global batch", "training pictures"):
-        if run[name] != state["run"][name]:
-            raise InputError(
-                f"{name} {run[name]}: the run of {last} has {state['run'][name]}: give that, or another --out"
-            )
+        now, then = conditions[name], conditions_before[name]
+        if now != then:
+            raise InputError(f"{name} {now}: the run of {last} has {then}: give that, or another --out")
     changed = [
         f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {before[name]}"
         for name in ("lr", "min_lr", "crop", "scales", "colour", "class_weights", "ohem", "accumulate")
         if getattr(args, name) != before[name]
     ]
     for name in ("processes", "mixed precision", "device"):
-        if run[name] != state["run"][name]:
-            changed.append(f"{name}: {run[name]}, before {state['run'][name]}")
+        now, then = conditions[name], conditions_before[name]
+        if now != then:
+            changed.append(f"{name}: {now}, before {then}")
     return changed
 
 
@@ -220,6 +220,26 @@ def memory_estimate(model: OCRNet, batch_size: int, crop: tuple[int, int], amp: 
     a_pixel = (kept[1] - kept[0]) / (2 * 64 * 64)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return (3 * weights + a_pixel * batch_size * crop[0] * crop[1]) / 2**30
+
+
+def draw_results(
+    out: Path,
+    model: OCRNet,
+    val_set: WholeImages,
+    confusion: ConfusionMatrix | None,
+    table: ClassTable,
+    accelerator: Accelerator,
+    amp: bool,
+) -> None:
+    """curve.png, scores.png of the last validation (None: there was none since the start) and samples.png."""
+    plot_curves([read_log(out)], out / "curve.png")
+    if confusion:
+        save_scores(out / "scores.png", confusion, table)
+    model.eval()
+    shown = [val_set[i] for i in range(0, len(val_set), max(len(val_set) // 4, 1))][:4]
+    outputs = [segment(model, photo, accelerator, amp) for photo, _ in shown]
+    photos, labels = [photo.permute(1, 2, 0).numpy() for photo, _ in shown], [label.numpy() for _, label in shown]
+    save_samples(out / "samples.png", photos, labels, outputs, table)
 
 
 def main() -> None:
@@ -259,7 +279,7 @@ def main() -> None:
     if global_batch != 8 and not args.demo:
         say(f"NOTE: the recipe's lr 0.01 is for a global batch of 8; here it is {global_batch}.")
     last = args.out / "last.pt"
-    run = {
+    conditions = {
         "classes": ", ".join(table.names),
         "global batch": global_batch,
         "training pictures": len(train_set),
@@ -272,16 +292,18 @@ def main() -> None:
     if is_main and not args.resume and last.exists():
         raise InputError(f"{args.out} holds a run: go on with --resume, or choose another folder with --out")
     if state:
-        for change in check_resumable(state, args, run, last):
+        for change in check_resumable(state, args, conditions, last):
             say(f"NOTE: {change}")
         model = restore_model(state, last)
         say(f"resuming {last} after iteration {state['iter']}")
     elif args.weights:
-        say(f"{args.weights}: {load_weights(model, args.weights)}")
+        report = load_weights(model, args.weights)
+        say(f"{args.weights}: {report}")
     elif not args.demo:
         say("WARNING: training from RANDOM weights. The published scores start from an ImageNet HRNet: --weights FILE.")
     if args.dry_run:
-        say(f"memory: at least {memory_estimate(model, args.batch_size, args.crop, amp):.1f} GiB per process")
+        if is_main:
+            say(f"memory: at least {memory_estimate(model, args.batch_size, args.crop, amp):.1f} GiB per process")
         say(f"every {args.val_every} iterations validation, every {args.save_every} a checkpoint; nothing was started")
         accelerator.close()
         return
@@ -317,13 +339,13 @@ def main() -> None:
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-                "run": run,
+                "conditions": conditions,
             }
             folder.save(name, state)
 
     def validate(iteration: int) -> None:
         nonlocal validated, best, confusion
-        confusion = score(model, val_set, len(table), accelerator, args.workers, amp=amp)
+        confusion = score(model, val_set, len(table), accelerator, args.workers, predict=partial(predict, amp=amp))
         miou, iou = confusion.mean_iou(), confusion.iou().tolist()
         validated = iteration
         if miou > best:
@@ -363,13 +385,15 @@ def main() -> None:
         lr = poly_lr(args.lr, iteration - 1, args.iters, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for part in range(args.accumulate):
+        for batch_of_step in range(args.accumulate):
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
             photo, label, colour = (x.to(device, non_blocking=True) for x in batch)
             image = to_input(photo, colour).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-            ddp_model.require_backward_grad_sync = part == args.accumulate - 1  # DDP: processes meet once a step
+            ddp_model.require_backward_grad_sync = (
+                batch_of_step == args.accumulate - 1
+            )  # DDP: processes meet once a step
             with accelerator.autocast(amp):
                 outputs = ddp_model(image)  # logits and region logits, (B, K, H, W) each
             loss, parts = ocr_loss(outputs, label.long(), class_weights, args.ohem)
@@ -422,25 +446,18 @@ def main() -> None:
         name = stop.signal.name if stop.signal else "a signal to another process"
         say(f"stopped by {name} after iteration {iteration}, which {last} holds: go on with --resume")
     elif is_main:
-        log_of_run = read_log(args.out)
-        plot_curves([log_of_run], args.out / "curve.png")
-        if confusion:
-            save_scores(args.out / "scores.png", confusion.counts.cpu().numpy(), table)
-        model.eval()
-        shown = [val_set[i] for i in range(0, len(val_set), max(len(val_set) // 4, 1))][:4]
-        outputs = [segment(model, photo, accelerator, amp) for photo, _ in shown]
-        photos, labels = [photo.permute(1, 2, 0).numpy() for photo, _ in shown], [label.numpy() for _, label in shown]
-        save_samples(args.out / "samples.png", photos, labels, outputs, table)
+        draw_results(args.out, model, val_set, confusion, table, accelerator, amp)
         if args.demo:
             labels = [map(read_label_tensor, samples) for samples in (train_samples, val_samples)]
             baseline = row_baseline(*labels, len(table)).mean_iou()
-            miou = log_of_run.val[-1]["mIoU"]
+            miou = read_log(args.out).val[-1]["mIoU"]
             say(f"mIoU {miou:.2%}; always the row's most frequent class, without looking at the photo: {baseline:.2%}")
-        say(f"wrote {args.out}/: best.pt (mIoU {best:.2%}), last.pt, log.jsonl, curve.png, samples.png, scores.png")
+        highest = f" (mIoU {best:.2%} in best.pt)" if best > -math.inf else ""
+        say(f"wrote {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}{highest}")
     accelerator.close()
     if stopping:
         sys.exit(128 + (stop.signal or signal.SIGTERM))  # as a shell says it: not done
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

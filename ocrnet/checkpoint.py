@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .data.cityscapes import write_whole
+from .data.cityscapes import remove_unfinished, write_whole
 from .data.classes import ClassTable
 from .errors import InputError
 from .models import OCRNet, build_model
@@ -86,9 +86,7 @@ def restore_model(state: dict, path: Path) -> OCRNet:
     try:
         model = build_model(**state["config"])
         model.load_state_dict(state["model"], assign=True)  # with their layout in memory, on which the last bit hangs
-    except InputError:
-        raise
-    except Exception as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: its tensors and its 'config' are not of one model ({reason})") from None
     return model
@@ -128,8 +126,7 @@ class RunFolder:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{path}: another run is writing there: choose another folder with --out") from None
-        for part in self.path.glob("*.part*"):  # of a write that was cut short
-            part.unlink()
+        remove_unfinished(self.path.glob("*.part*"))
         self.file.truncate(self.length_until({"train": iteration, "val": validated}))
 
     def length_until(self, last: dict[str, int]) -> int:

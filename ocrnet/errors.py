@@ -16,7 +16,7 @@ class InputError(ValueError):
     """
 
 
-def run(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Run a script: what is no fault of the code becomes one sentence and exit status 1.
 
     That is an InputError, what the system says of a file, and a process of the run that is gone.

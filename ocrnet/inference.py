@@ -3,7 +3,7 @@
 Letters: B batch, K classes, H W a picture's size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -83,13 +83,17 @@ def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], stride: tu
     return total / counts
 
 
+def look(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool) -> tuple[Tensor, ...]:
+    """One photo, uint8 (3, H, W), seen once at its own size -> the model's outputs (1, K, H, W)."""
+    image = to_input(photo[None].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast(amp):
+        return model(image)
+
+
 @torch.inference_mode()
 def segment(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool = False) -> list[np.ndarray]:
     """One photo, uint8 (3, H, W), seen once at its own size -> classes (H, W) of each output, the final one first."""
-    image = to_input(photo[None].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
-    with accelerator.autocast(amp):
-        outputs = model(image)
-    return [logits[0].argmax(0).cpu().numpy() for logits in outputs]
+    return [logits[0].argmax(0).cpu().numpy() for logits in look(model, photo, accelerator, amp)]
 
 
 class Explanation(NamedTuple):
@@ -105,21 +109,15 @@ class Explanation(NamedTuple):
 @torch.inference_mode()
 def explain(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool = False) -> Explanation:
     """One photo, uint8 (3, H, W), seen once at its own size -> what the method computes on its way, float32."""
-    seen = {}
-    hooks = [
-        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (*inputs, output)}))
-        for name, module in (("gather", model.head.gather), ("attention", model.head.attention))
-    ]
-    image = to_input(photo[None].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+    gather, attention = model.head.gather, model.head.attention
+    captured = []  # what goes through the gather: x, region logits at its size, f
+    hook = gather.register_forward_hook(lambda _, inputs, output: captured.extend((*inputs, output)))
+    logits, region_logits = look(model, photo, accelerator, amp)
+    hook.remove()
+    x, regions, f = captured
     with accelerator.autocast(amp):
-        logits, region_logits = model(image)
-        for hook in hooks:
-            hook.remove()
-        _, regions, f = seen["gather"]
-        x, _, _ = seen["attention"]
-        w = model.head.attention.relation(x, f)  # (1, N, K)
-    m = regions.float().flatten(2).softmax(dim=2)  # as SpatialGather has it
-    w = w.float().transpose(1, 2)
+        w = attention.relation(x, f).float().transpose(1, 2)  # (1, K, N)
+    m = gather.weights(regions)  # (1, K, N)
     maps = [y[0].unflatten(1, regions.shape[-2:]).cpu() for y in (m, w)]
     coarse, final = (y.float().softmax(dim=1)[0].cpu() for y in (region_logits, logits))
     return Explanation(maps[0], f[0, :, :, 0].float().T.cpu(), maps[1], coarse, final)
@@ -132,7 +130,7 @@ def score(
     accelerator: Accelerator,
     workers: int = 0,
     instances: InstanceScore | None = None,
-    **how,
+    predict: Callable[[nn.Module, Tensor, Accelerator], Tensor] = predict,
 ) -> ConfusionMatrix:
     """The confusion matrix of a data set of (photo, label), whole pictures, summed over all processes.
 
@@ -141,7 +139,7 @@ def score(
 
     Args:
         instances: also updated, where the data set gives (photo, label, instances).
-        how: passed on to ``predict``.
+        predict: how a photo is looked at, such as ``partial(predict, flip=True)``.
     """
     training = model.training
     model.eval()
@@ -153,7 +151,7 @@ def score(
     quiet = True if not accelerator.is_main else None  # None: a bar where there is a terminal
     for photo, label, *instance in tqdm(loader, desc="scoring", leave=False, disable=quiet):
         label = label.to(accelerator.device)
-        prediction = predict(model, photo, accelerator, **how).argmax(dim=1)
+        prediction = predict(model, photo, accelerator).argmax(dim=1)
         confusion.update(label, prediction)
         if instances:
             instances.update(instance[0].to(accelerator.device), prediction)

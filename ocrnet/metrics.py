@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .data.classes import IGNORE
+
 
 class ConfusionMatrix:
     """K x K pixel counts: row = what the label says, column = what was predicted.
@@ -23,9 +25,8 @@ class ConfusionMatrix:
         device: where it is kept, which is where the process group wants it for ``reduce``.
     """
 
-    def __init__(self, num_classes: int, device="cpu", ignore: int = 255):
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         self.num_classes = num_classes
-        self.ignore = ignore
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, target: Tensor, prediction: Tensor) -> None:
@@ -36,7 +37,7 @@ class ConfusionMatrix:
         """
         if target.shape != prediction.shape:
             raise ValueError(f"target {tuple(target.shape)} and prediction {tuple(prediction.shape)} differ in shape")
-        scored = target != self.ignore
+        scored = target != IGNORE
         target, prediction = target[scored].long(), prediction[scored].long()
         for name, values in (("target", target), ("prediction", prediction)):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.num_classes:
@@ -62,7 +63,7 @@ class ConfusionMatrix:
 
     def merged(self, group_of: Sequence[int]) -> "ConfusionMatrix":
         """The matrix of groups of classes: class k belongs to group ``group_of[k]``, numbered from 0 without gaps."""
-        groups = ConfusionMatrix(max(group_of) + 1, ignore=self.ignore)
+        groups = ConfusionMatrix(max(group_of) + 1)
         index = torch.tensor(group_of)
         groups.counts.index_put_((index[:, None], index[None, :]), self.counts.cpu(), accumulate=True)
         return groups
@@ -87,7 +88,7 @@ class InstanceScore:
         group_of: for the same score of groups of classes, as in ``ConfusionMatrix.merged``.
     """
 
-    def __init__(self, average_sizes: Tensor, group_of: Sequence[int], device="cpu"):
+    def __init__(self, average_sizes: Tensor, group_of: Sequence[int], device: torch.device | str = "cpu"):
         self.average_sizes = average_sizes.to(device, torch.float64)
         self.group_of = torch.tensor(group_of, device=device)
         # weighted pixels of instances: by class, (as the class, as its group, in all)

@@ -15,19 +15,21 @@ import numpy as np
 from .data.classes import IGNORE, ClassTable
 from .errors import InputError
 from .inference import Explanation
+from .metrics import ConfusionMatrix
 
 matplotlib.use("Agg")  # files only: no screen is needed
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatter
 
 MENDED, SPOILED = (0, 150, 0), (220, 0, 0)
 
 
-def overlay(photo: np.ndarray, colours: np.ndarray, strength: float = 0.5) -> np.ndarray:
-    """A photo and its classes' colours, both uint8 (H, W, 3), laid over each other."""
-    return ((1 - strength) * photo + strength * colours).round().astype(np.uint8)
+def overlay(photo: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """The mean of a photo and its classes' colours, all uint8 (H, W, 3)."""
+    return ((photo.astype(np.uint16) + colours) // 2).astype(np.uint8)
 
 
 def save_samples(
@@ -59,32 +61,39 @@ def colour_errors(label: np.ndarray, classes: np.ndarray, table: ClassTable) -> 
     return wrong
 
 
-def save_scores(path: Path, counts: np.ndarray, table: ClassTable) -> None:
-    """IoU of each class as a bar, and the confusion matrix (K, K), rows the label's classes, as shares of each row."""
-    right, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    union = labelled + predicted - right
-    iou = 100 * right / np.where(union, union, np.nan)
-    shares = 100 * counts / np.where(labelled, labelled, np.nan)[:, None]
+def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable) -> None:
+    """IoU of each class as a bar, and the confusion matrix, rows the label's classes, as shares of each row."""
+    iou = 100 * confusion.iou().numpy()
+    counts = confusion.counts.cpu().numpy()
+    labelled = counts.sum(1, keepdims=True)
     fig, (bars, matrix) = plt.subplots(1, 2, figsize=(16, 7.5), width_ratios=[1, 1.7], layout="constrained")
     ticks = range(len(table))
     bars.barh(ticks, np.nan_to_num(iou), color=table.palette[: len(table)] / 255, edgecolor="0.3", linewidth=0.5)
     for k in ticks:
         bars.text(np.nan_to_num(iou[k]) + 1, k, "does not occur" if np.isnan(iou[k]) else f"{iou[k]:.1f}", va="center")
-    mean = f"{np.nanmean(iou):.2f} %" if union.any() else "nan"
-    bars.set(title=f"IoU, mean {mean}", xlabel="IoU (%)", xlim=(0, 112), ylim=(len(table) - 0.5, -0.5))
+    title = f"IoU, mean {100 * confusion.mean_iou():.2f} %"
+    bars.set(title=title, xlabel="IoU (%)", xlim=(0, 112), ylim=(len(table) - 0.5, -0.5))
     bars.set_yticks(ticks, table.names)
-    image = matrix.imshow(shares, vmin=0, vmax=100, cmap="magma")
-    matrix.set_xticks(ticks, table.names, rotation=45, ha="right")
-    matrix.set_yticks(ticks, table.names)
-    for i in ticks:
-        for j in ticks:
-            if shares[i, j] >= 0.5:
-                color = "black" if shares[i, j] > 60 else "white"
-                matrix.text(j, i, f"{shares[i, j]:.0f}", ha="center", va="center", fontsize=7, color=color)
+    shares = 100 * counts / np.where(labelled, labelled, np.nan)
+    image = draw_matrix(matrix, shares, table.names, table.names, 100, "{:.0f}", "magma")
     matrix.set(title="confusion: what the pixels of each class were taken for", xlabel="prediction", ylabel="label")
     fig.colorbar(image, ax=matrix, label="share of the label's pixels (%)", shrink=0.9)
     fig.savefig(path, dpi=100)
     plt.close(fig)
+
+
+def draw_matrix(
+    axis: plt.Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], top: float, form: str, cmap: str
+) -> AxesImage:
+    """Values (R, C) from 0 to ``top`` as colours and, where they are half a percent of it or more, numbers."""
+    image = axis.imshow(values, vmin=0, vmax=top, cmap=cmap, aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    for i, j in np.argwhere(values >= 0.005 * top):
+        color = "black" if values[i, j] > 0.6 * top else "white"
+        text = form.format(values[i, j]).lstrip("0")
+        axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
+    return image
 
 
 # ---- the method, step by step ----------------------------------------------------------------------------------------
@@ -93,7 +102,7 @@ def save_scores(path: Path, counts: np.ndarray, table: ClassTable) -> None:
 def save_explanation(
     prefix: str,
     photo: np.ndarray,
-    seen: Explanation,
+    explanation: Explanation,
     table: ClassTable,
     pixels: Sequence[tuple[int, int]] = (),
     label: np.ndarray | None = None,
@@ -105,13 +114,13 @@ def save_explanation(
         pixels: (x, y) whose relation to the regions is shown; left out: of each class the surest pixel.
         label: (H, W) train ids, to show where the prediction is wrong.
     """
-    coarse, final = seen.coarse.argmax(0).numpy(), seen.final.argmax(0).numpy()
-    confidence = seen.final.amax(0).numpy()
+    coarse, final = explanation.coarse.argmax(0).numpy(), explanation.final.argmax(0).numpy()
+    confidence = explanation.final.amax(0).numpy()
     pixels = list(pixels) or surest_pixels(final, confidence)
     figures = {
-        "1_regions": draw_regions(photo, seen.m.numpy(), table),
-        "2_representations": draw_representations(seen.f.numpy(), table),
-        "3_relation": draw_relation(photo, seen.w.numpy(), final, pixels, table),
+        "1_regions": draw_regions(photo, explanation.m.numpy(), table),
+        "2_representations": draw_representations(explanation.f.numpy(), table),
+        "3_relation": draw_relation(photo, explanation.w.numpy(), final, pixels, table),
         "4_segmentations": draw_segmentations(photo, coarse, final, table),
         "5_confidence": draw_confidence(photo, confidence),
     }
@@ -177,14 +186,7 @@ def draw_representations(f: np.ndarray, table: ClassTable) -> plt.Figure:
     unit = f / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
     cosine = unit @ unit.T
     fig, axis = plt.subplots(figsize=(10, 8.6), layout="constrained")
-    image = axis.imshow(cosine, vmin=0, vmax=1, cmap="viridis")  # after a ReLU no angle is over 90 degrees
-    ticks = range(len(table))
-    axis.set_xticks(ticks, table.names, rotation=45, ha="right")
-    axis.set_yticks(ticks, table.names)
-    for i in ticks:
-        for j in ticks:
-            color = "black" if cosine[i, j] > 0.6 else "white"
-            axis.text(j, i, f"{cosine[i, j]:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=color)
+    image = draw_matrix(axis, cosine, table.names, table.names, 1, "{:.2f}", "viridis")  # of ReLUs: none is negative
     fig.colorbar(image, label="cosine of two representations", shrink=0.8)
     axis.set_title("2. Object region representations: how alike they are")
     return fig
@@ -206,14 +208,7 @@ def draw_relation(
         i, j = y * w.shape[1] // photo.shape[0], x * w.shape[2] // photo.shape[1]
         rows.append(w[:, i, j])
         names.append(f"{number}: {table.names[final[y, x]]} ({x}, {y})")
-    image = matrix.imshow(np.array(rows), vmin=0, vmax=1, cmap="magma", aspect="auto")
-    matrix.set_xticks(range(len(table)), table.names, rotation=45, ha="right")
-    matrix.set_yticks(range(len(names)), names)
-    for i, row in enumerate(rows):
-        for k, share in enumerate(row):
-            if share >= 0.005:
-                color = "black" if share > 0.6 else "white"
-                matrix.text(k, i, f"{share:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color=color)
+    image = draw_matrix(matrix, np.array(rows), names, table.names, 1, "{:.2f}", "magma")
     matrix.set(xlabel="region", ylabel="pixel: what it is predicted as (x, y)")
     fig.colorbar(image, ax=matrix, label="w: the pixel's relation to the region; a row sums to 1")
     fig.suptitle("3. Pixel-region relation: from which regions a pixel takes its context")
@@ -275,13 +270,15 @@ def draw_errors(label: np.ndarray, coarse: np.ndarray, final: np.ndarray, table:
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class Log(NamedTuple):
+    """The entries of a run's log, dicts as in log.jsonl."""
+
     name: str
-    train: list[dict[str, float]]  # iter, loss, lr
-    val: list[dict[str, float]]  # iter, mIoU (0 .. 1)
+    train: list[dict]  # iter, loss, lr
+    val: list[dict]  # iter, mIoU (0 .. 1)
 
 
-def read_log(path: Path) -> Run:
+def read_log(path: Path) -> Log:
     """A run's curve from this project's ``log.jsonl`` or from the text that mmengine logs, in a file or on a terminal.
 
     Raises:
@@ -303,11 +300,11 @@ def read_log(path: Path) -> Run:
     train, val = [], []
     for line in lines:
         entry = parse_json_line(line) if line.startswith("{") else parse_mmengine_line(line, train)
-        if entry and entry.get("mIoU", 0) is not None:  # None: nothing to score
+        if entry.get("split") and entry.get("mIoU", 0) is not None:  # None: nothing to score
             (train if entry["split"] == "train" else val).append(entry)
     if not train and not val:
         raise InputError(f"{path}: no log: expected log.jsonl or mmengine's 'Iter(train) [ 50/40000] ... loss: ...'")
-    return Run(name, train, val)
+    return Log(name, train, val)
 
 
 def parse_json_line(line: str) -> dict:
@@ -344,27 +341,27 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
     return (sums[stop] - sums[start]) / (stop - start)
 
 
-def plot_curves(runs: Sequence[Run], path: Path, log_scale: bool = False) -> None:
+def plot_curves(logs: Sequence[Log], path: Path, log_scale: bool = False) -> None:
     """Loss (raw and smoothed), learning rate and validation mIoU of one or more runs, a panel each.
 
     Args:
         log_scale: for loss and learning rate.
     """
     fig, (loss, lr, score) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for i, run in enumerate(runs):
+    for i, log in enumerate(logs):
         color = f"C{i % 10}"
-        if run.train:
-            iters = [entry["iter"] for entry in run.train]
-            values = [entry["loss"] for entry in run.train]
+        if log.train:
+            iters = [entry["iter"] for entry in log.train]
+            values = [entry["loss"] for entry in log.train]
             window = len(values) // 15 + 1
             loss.plot(iters, values, color=color, alpha=0.3, linewidth=1)
-            loss.plot(iters, smooth(values, window), color=color, label=f"{run.name}, mean of {window} entries")
-            lr.plot(iters, [entry["lr"] for entry in run.train], color=color, label=run.name)
-        if run.val:
-            scores = [100 * entry["mIoU"] for entry in run.val]
-            score.plot([entry["iter"] for entry in run.val], scores, "o-", color=color, label=run.name)
+            loss.plot(iters, smooth(values, window), color=color, label=f"{log.name}, mean of {window} entries")
+            lr.plot(iters, [entry["lr"] for entry in log.train], color=color, label=log.name)
+        if log.val:
+            scores = [100 * entry["mIoU"] for entry in log.val]
+            score.plot([entry["iter"] for entry in log.val], scores, "o-", color=color, label=log.name)
             score.annotate(
-                f"{scores[-1]:.2f}", (run.val[-1]["iter"], scores[-1]), (0, 6), textcoords="offset points", ha="center"
+                f"{scores[-1]:.2f}", (log.val[-1]["iter"], scores[-1]), (0, 6), textcoords="offset points", ha="center"
             )
     loss.set(title="training loss", xlabel="iteration", ylabel="loss")
     lr.set(title="learning rate", xlabel="iteration", ylabel="learning rate")

@@ -49,7 +49,7 @@ def measure(exercise: str, seed: int, out: Path) -> dict:
                 data.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / "tests/exercises/classes.json", data)
             train = [sys.executable, "train.py", "--demo", "--data", data, "--seed", str(seed), "--out", run]
-            if not (run / "scores.png").exists():  # the last thing that a run writes
+            if not (run / "samples.png").exists():  # the last thing that a run writes
                 subprocess.run([*train, "--resume", *EXERCISES[exercise]], check=True, cwd=folder)
             evaluate = [sys.executable, "evaluate.py", "--ckpt", run / "last.pt", "--data", data, "--json", scores]
             subprocess.run(evaluate, check=True, cwd=folder, stdout=subprocess.DEVNULL)

@@ -161,13 +161,14 @@ ARGS = dict(
     lr=0.01, min_lr=1e-4, crop=[32, 64], scales=[0.5, 2.0], colour=True, class_weights=False, ohem=None, accumulate=1,
 )  # fmt: skip
 WHERE = {
-    "classes": 19, "global batch": 4, "training pictures": 6, "processes": 2, "mixed precision": False, "device": "cpu"
+    "classes": "road, house", "global batch": 4, "training pictures": 6,
+    "processes": 2, "mixed precision": False, "device": "cpu",
 }  # fmt: skip
 
 
 def compare(args, where):
     """``check_resumable`` of a run that differs by these from the checkpoint's."""
-    state = {"args": ARGS, "run": WHERE, "optimizer": {}}
+    state = {"args": ARGS, "conditions": WHERE, "optimizer": {}}
     return train.check_resumable(state, argparse.Namespace(**(ARGS | args)), WHERE | where, Path("last.pt"))
 
 
@@ -178,7 +179,7 @@ def compare(args, where):
         ({"seed": 1}, {}, "--seed 1: the run of last.pt has 0"),
         ({"head": "fcn"}, {}, "--head fcn: the run of last.pt has ocr"),
         ({"align_corners": True}, {}, "--align-corners True: the run of last.pt has False"),
-        ({}, {"classes": 4}, "classes 4: the run of last.pt has 19"),
+        ({}, {"classes": "road"}, "classes road: the run of last.pt has road, house"),
         ({}, {"global batch": 6}, "global batch 6: the run of last.pt has 4"),
         ({}, {"training pictures": 7}, "training pictures 7: the run of last.pt has 6"),
     ],
@@ -186,6 +187,9 @@ def compare(args, where):
 def test_what_would_make_another_run_is_refused_with_both_values(args, where, message):
     with pytest.raises(InputError, match=message):
         compare(args, where)
+
+
+def test_a_checkpoint_without_a_run_is_not_gone_on_with():
     with pytest.raises(InputError, match="holds a model but no run"):
         train.check_resumable({"model": {}, "config": {}}, argparse.Namespace(**ARGS), WHERE, Path("last.pt"))
 

@@ -54,11 +54,13 @@ def test_the_readmes_shapes_are_the_networks():
         attention = model.head.attention
         x, f = shapes["head.pixel_head"], shapes["head.gather"]
         w = attention.relation(x, f)
+        m = model.head.gather.weights(shapes["head.region_head"])
     found = {
         "logits": shapes[""][0],
         "features": shapes["backbone"][0],
         "M": shapes["head.region_head"],
         "x": x,
+        "m": m,
         "f": f,
         "w": w,
         "y": shapes["head.attention"],

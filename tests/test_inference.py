@@ -1,17 +1,20 @@
 """Ways to look at a photo: properties that hold for any model, with small ones made for them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from ocrnet.data.cityscapes import WholeImages, find_samples, read_instances
+from ocrnet.data.cityscapes import Sample, WholeImages, find_samples, instance_path, read_instances
 from ocrnet.data.classes import AVERAGE_INSTANCE, CITYSCAPES
 from ocrnet.data.transforms import to_input
 from ocrnet.device import Accelerator
-from ocrnet.inference import explain, predict, score, sliding
+from ocrnet.inference import explain, predict, score, segment, sliding
+from ocrnet.metrics import InstanceScore
 from ocrnet.models import build_model
-from ocrnet.visualize import surest_pixels
 
 
 class Pointwise(nn.Module):
@@ -101,12 +104,9 @@ def test_an_explanation_is_what_the_network_computes(cpu):
         y = model.head.attention.rho(torch.einsum("dk,khw->dhw", context, seen.w)[None])
         logits = model.resize(model.head.classifier(model.head.g(torch.cat([y, x], 1))), image)
         torch.testing.assert_close(seen.final, logits[0].softmax(0))
-    assert not model.head.gather._forward_hooks and not model.head.attention._forward_hooks
-
-
-def test_the_surest_pixel_of_each_class_is_chosen():
-    final, confidence = np.array([[3, 3, 7], [3, 7, 7]]), np.array([[0.2, 0.9, 0.3], [0.5, 0.8, 0.4]])
-    assert surest_pixels(final, confidence) == [(1, 0), (1, 1)]
+    assert not model.head.gather._forward_hooks
+    coarse_and_final = [y.argmax(0).numpy() for y in (seen.final, seen.coarse)]
+    assert all(np.array_equal(*pair) for pair in zip(segment(model, photo, cpu), coarse_and_final))
 
 
 def test_scoring_leaves_training_mode_as_it_was_and_counts_every_pixel_once(cpu, data):
@@ -126,12 +126,33 @@ def test_scoring_leaves_training_mode_as_it_was_and_counts_every_pixel_once(cpu,
     assert confusion.counts[:, 1:].sum() == 0
 
 
+def test_scoring_takes_the_photo_as_it_is_told_and_counts_instances(cpu, data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    samples = find_samples(tmp_path, "val")
+    for sample in samples:  # all of a class is one instance
+        label = np.asarray(Image.open(sample.label))
+        ids = np.array([*CITYSCAPES.ids, *[0] * 237])[label]
+        Image.fromarray((1000 * ids + (ids > 0)).astype(np.uint16)).save(instance_path(sample))
+    sizes = torch.tensor([AVERAGE_INSTANCE.get(name, np.nan) for name in CITYSCAPES.names], dtype=torch.float64)
+    found, expected = (InstanceScore(sizes, CITYSCAPES.category_of) for _ in range(2))
+    seen = []
+
+    def look(model, photo, accelerator):
+        seen.append(photo)
+        return nn.functional.one_hot(photo[:, 0].long() % 19, 19).movedim(3, 1)  # of the reds
+
+    dataset = WholeImages(samples, instances=True)
+    confusion = score(nn.Identity(), dataset, 19, cpu, 0, found, look)
+    for (photo, label, instances), shown in zip(dataset, seen, strict=True):
+        assert torch.equal(photo, shown[0]) and torch.equal(instances > 0, label < 255)
+        expected.update(instances, photo[0].long() % 19)
+    iou, iou_of_categories = found.iou(confusion)
+    assert iou[13] > 0 and iou_of_categories[6] > 0
+    for one, two in zip(found.iou(confusion), expected.iou(confusion)):
+        torch.testing.assert_close(one, two, equal_nan=True)
+
+
 def test_instances_are_numbered_by_class(tmp_path):
-    import numpy as np
-    from PIL import Image
-
-    from ocrnet.data.cityscapes import Sample
-
     ids = np.array([[7, 24, 24000, 24003], [26001, 29001, 33999, 0]], dtype=np.uint16)  # 24: a group of persons
     Image.fromarray(ids).save(tmp_path / "a_gtFine_instanceIds.png")
     sample = Sample(tmp_path / "a_leftImg8bit.png", tmp_path / "a_gtFine_labelTrainIds.png")

@@ -176,3 +176,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for name in ("text.pt", "empty.pt", "other.pt", "cut.pt", "absent.pt"):
         with pytest.raises(InputError, match=name):
             load_checkpoint(tmp_path / name)
+
+
+def test_weights_with_the_other_head_are_refused_by_its_name(tmp_path):
+    for head, other in (("fcn", "ocr"), ("ocr", "fcn")):
+        source = build_model("hr18s", head=head)
+        torch.save(source.state_dict(), tmp_path / "x.pth")
+        with pytest.raises(InputError, match=f"weights with head {head}: the model has {other}: set --head to theirs"):
+            load_weights(build_model("hr18s", head=other), tmp_path / "x.pth")
+        assert load_model(tmp_path / "x.pth")[0].config["head"] == head

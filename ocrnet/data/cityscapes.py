@@ -15,15 +15,16 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def train_ids_from_polygons(path: Path, table: ClassTable = CITYSCAPES) -> Image
         InputError: the file is not such a JSON, or names a label that is not in the table.
     """
     try:
-        annotation = json.loads(Path(path).read_text())
+        annotation = json.loads(path.read_text())
         size = annotation["imgWidth"], annotation["imgHeight"]
         if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
             raise InputError(f"{path}: {size[0]}x{size[1]}: expected at most {Image.MAX_IMAGE_PIXELS:,} pixels")
@@ -102,10 +103,24 @@ def write_whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def remove_unfinished(paths: Iterable[Path]) -> None:
+    """Remove those of the paths that ``write_whole`` left behind when its process was killed."""
+    for path in paths:
+        if re.fullmatch(r"\.part\d+", path.suffix):
+            path.unlink()
+
+
+def for_each(work: Callable[[Any], None], items: Sequence, workers: int | None, what: str) -> None:
+    """``work`` on every item, in ``workers`` processes (None for one per core), with a bar. Raises what it raises."""
+    with ProcessPoolExecutor(workers) as pool:
+        done = pool.map(work, items, chunksize=8)
+        for _ in tqdm(done, total=len(items), desc=what, disable=None if items else True):
+            pass
+
+
 def write_train_ids(target: Path, table: ClassTable) -> None:
     """Write ``target``, a ``_labelTrainIds.png``, from the polygons beside it or, without them, from labelIds."""
-    stem = str(target)[: -len("labelTrainIds.png")]
-    polygons, label_ids = Path(stem + "polygons.json"), Path(stem + "labelIds.png")
+    polygons, label_ids = sources(target)
     if polygons.exists():
         image = train_ids_from_polygons(polygons, table)
     else:
@@ -114,28 +129,39 @@ def write_train_ids(target: Path, table: ClassTable) -> None:
         image.save(part, format="PNG")
 
 
+def sources(train_ids: Path) -> tuple[Path, Path]:
+    """Where a ``_labelTrainIds.png`` may come from: polygons and label ids."""
+    stem = train_ids.name.removesuffix("labelTrainIds.png")
+    return train_ids.with_name(stem + "polygons.json"), train_ids.with_name(stem + "labelIds.png")
+
+
+def is_outdated(train_ids: Path, root: Path) -> bool:
+    """Whether train ids that could be made again are older than the data set's classes.json."""
+    table = root / "classes.json"
+    return (
+        table.exists()
+        and train_ids.stat().st_mtime < table.stat().st_mtime
+        and any(path.exists() for path in sources(train_ids))
+    )
+
+
 def write_missing_train_ids(root: Path, workers: int | None = None) -> None:
     """Write every ``_labelTrainIds.png`` that is missing, or older than ``root``'s classes.json, and that polygons or
     labelIds can make.
 
     Args:
-        workers: processes; None for one a core.
+        workers: processes; None for one per core.
 
     Raises:
         InputError: classes.json is none, or the first broken annotation that was met. What was written before stays.
     """
     table = read_classes(root)
-    own = Path(root) / "classes.json"
-    since = own.stat().st_mtime if own.exists() else 0
     targets = set()
     for source in ("polygons.json", "labelIds.png"):
-        for path in Path(root).glob(f"gtFine/*/*/*_gtFine_{source}"):
+        for path in root.glob(f"gtFine/*/*/*_gtFine_{source}"):
             targets.add(path.with_name(path.name[: -len(source)] + "labelTrainIds.png"))
-    missing = sorted(target for target in targets if not target.exists() or target.stat().st_mtime < since)
-    with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(partial(write_train_ids, table=table), missing, chunksize=8)
-        for _ in tqdm(done, total=len(missing), desc="writing train ids", disable=None if missing else True):
-            pass
+    missing = sorted(target for target in targets if not target.exists() or is_outdated(target, root))
+    for_each(partial(write_train_ids, table=table), missing, workers, "writing train ids")
 
 
 # ---- reading, finding, checking ------------------------------------------------------------------------------------
@@ -226,7 +252,7 @@ def pack(sample: Sample) -> None:
 
 
 def pack_samples(samples: Sequence[Sample], workers: int | None = None) -> None:
-    """``pack`` those that are not yet, in ``workers`` processes (None for one a core).
+    """``pack`` those that are not yet, in ``workers`` processes (None for one per core).
 
     Raises:
         InputError: the disk has no room for them.
@@ -242,10 +268,7 @@ def pack_samples(samples: Sequence[Sample], workers: int | None = None) -> None:
                 f"packing {len(missing)} pictures needs {needed:,} bytes in {root}, where {free:,} are free: "
                 f"make room, or leave out --pack"
             )
-    with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(pack, missing, chunksize=8)
-        for _ in tqdm(done, total=len(missing), desc="packing", disable=None if missing else True):
-            pass
+    for_each(pack, missing, workers, "packing")
 
 
 def find_photos(root: Path, split: str) -> list[Path]:
@@ -254,7 +277,7 @@ def find_photos(root: Path, split: str) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-    folder = Path(root) / "leftImg8bit" / split
+    folder = root / "leftImg8bit" / split
     cities = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     # not by glob, which passes over folders that may not be read
     photos = sorted(path for city in cities for path in city.iterdir() if path.name.endswith("_leftImg8bit.png"))
@@ -283,6 +306,8 @@ def find_samples(root: Path, split: str) -> list[Sample]:
         label = label_path(photo)
         if not label.exists():
             raise InputError(f"{photo}: has no label: expected {label}; run python prepare_cityscapes.py --root {root}")
+        if is_outdated(label, root):
+            raise InputError(f"{label}: is older than classes.json; run python prepare_cityscapes.py --root {root}")
         samples.append(Sample(photo, label))
     return samples
 

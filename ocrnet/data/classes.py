@@ -12,8 +12,8 @@ each value that its annotations take,
 
     name       what _polygons.json calls it
     id         its value in _labelIds.png, 0 .. 254; -1: it has none and is not drawn, as Cityscapes' license plates
-    train_id   the class that the network learns, 0 .. K-1; labels of one train id are one class, which has the name, id
-               and color of the first; 255: not scored
+    train_id   the class that the network learns, 0 .. K-1; labels of one train id are one class, with name, id, color
+               and category of the first; 255: not scored
     color      red, green, blue, 0 .. 255
     category   a group of classes that is also scored as one; left out: one of its own, called as the label
 
@@ -100,6 +100,8 @@ class ClassTable:
                 or not 0 <= min(numbers[1:]) <= max(numbers[1:]) < 256
             ):
                 raise InputError(f"{source}: {json.dumps(row)}: {form}, with an id below 255 and others up to 255")
+            if label.id < 0 and label.train_id != IGNORE:
+                raise InputError(f"{source}: {json.dumps(row)}: id -1 is for what is not scored: train_id {IGNORE}")
             same = [other for other in labels if other.name == label.name or other.id == label.id >= 0]
             if same:
                 raise InputError(f"{source}: {label.name!r} and {same[0].name!r} have the same name or id")
@@ -120,7 +122,7 @@ def read_classes(root: Path) -> ClassTable:
     if not path.exists():
         return CITYSCAPES
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     return ClassTable.from_rows(rows, str(path))

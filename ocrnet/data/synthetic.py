@@ -13,16 +13,13 @@ The world: X to the right, Y up from the ground, Z away from the camera, in metr
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from .cityscapes import write_whole
+from .cityscapes import for_each, write_whole
 
 SIZE = (128, 256)  # H, W of a picture
 SPLITS = {"train": 240, "val": 60}  # pictures
@@ -42,40 +39,40 @@ def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarra
     return (phase >= start) & (phase < stop)
 
 
-def plain(a, b):
+def plain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.ones_like(a)
 
 
-def tiles(a, b):  # sidewalk: paving stones
+def tiles(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # sidewalk: paving stones
     return np.where(within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06)
 
 
-def windows(a, b):  # building: a grid of panes
+def windows(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # building: a grid of panes
     return np.where(within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05)
 
 
-def bricks(a, b):  # wall: rows, every other one shifted
+def bricks(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # wall: rows, every other one shifted
     row = np.floor(b / 0.35)
     return np.where(within(b, 0.35, 0, 0.2) | within(a + 0.4 * row, 0.8, 0, 0.12), 0.7, 1.05)
 
 
-def bars(a, b):  # fence: uprights and two rails, dark between
+def bars(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # fence: uprights and two rails, dark between
     return np.where(within(a, 0.5, 0, 0.4) | within(b, 0.7, 0, 0.2), 1.2, 0.5)
 
 
-def sleepers(a, b):  # rail track
+def sleepers(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # rail track
     return np.where(within(b, 0.8, 0, 0.4), 0.7, 1.1)
 
 
-def panes(a, b):  # bus and train: a row of windows at eye level
+def panes(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # bus and train: a row of windows at eye level
     return np.where((b > 1.5) & (b < 2.4) & within(a, 1.2, 0.12, 0.9), 0.35, 1.0)
 
 
-def planks(a, b):  # truck: the ribs of a box without windows
+def planks(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # truck: the ribs of a box without windows
     return np.where(within(a, 0.45, 0, 0.15), 0.82, 1.0)
 
 
-def spokes(a, b):  # bicycle
+def spokes(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # bicycle
     return np.where(within(a + b, 0.22, 0, 0.45), 0.35, 1.1)
 
 
@@ -163,19 +160,19 @@ class Scene:
         z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
         return right * z, z, z
 
-    def front(self, label, x, y, width, height, z, color, texture=plain, **how) -> None:
+    def front(self, label, x, y, width, height, z, color, texture=plain, **noise) -> None:
         """A rectangle that faces the camera, its lower left corner at (x, y, z)."""
         corners = [(x, y, z), (x + width, y, z), (x + width, y + height, z), (x, y + height, z)]
-        self.paint(label, corners, color, texture, **how)
+        self.paint(label, corners, color, texture, **noise)
 
-    def side(self, label, x, z, length, height, color, texture=plain, y=0.0, **how) -> None:
+    def side(self, label, x, z, length, height, color, texture=plain, y=0.0, **noise) -> None:
         """A rectangle along the street, from depth z to z + length."""
         corners = [(x, y, z), (x, y, z + length), (x, y + height, z + length), (x, y + height, z)]
-        self.paint(label, corners, color, texture, **how)
+        self.paint(label, corners, color, texture, **noise)
 
-    def ground(self, label, x0, x1, z0, z1, color, texture=plain, **how) -> None:
+    def ground(self, label, x0, x1, z0, z1, color, texture=plain, **noise) -> None:
         """A rectangle on the ground."""
-        self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **how)
+        self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **noise)
 
     def finish(self) -> tuple[Image.Image, dict]:
         """The photo, with the light, tint and noise of its camera, and the annotation."""
@@ -411,15 +408,16 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
 # ---- writing a data set ----------------------------------------------------------------------------------------------
 
 
-def write_scene(root: Path, seed: int, split: str, index: int) -> None:
-    """Write photo and annotation of one scene, which depends on seed, split and index alone, unless they are there."""
+def write_scene(root: Path, scene: tuple[str, int]) -> None:
+    """Write photo and annotation of one scene, which depends on split and index alone, unless they are there."""
+    split, index = scene
     city = f"synth{split}"
     name = f"{city}_{index:06d}_000000"
     photo_path = root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png"
     annotation_path = root / "gtFine" / split / city / f"{name}_gtFine_polygons.json"
     if photo_path.exists() and annotation_path.exists():
         return
-    photo, annotation = street(np.random.default_rng([seed, sorted(SPLITS).index(split), index]))
+    photo, annotation = street(np.random.default_rng([0, sorted(SPLITS).index(split), index]))
     for path in (photo_path, annotation_path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(photo_path) as part:
@@ -428,17 +426,12 @@ def write_scene(root: Path, seed: int, split: str, index: int) -> None:
         part.write_text(json.dumps(annotation))
 
 
-def write_dataset(
-    root: Path, splits: Mapping[str, int] = MappingProxyType(SPLITS), seed: int = 0, workers: int | None = None
-) -> None:
+def write_dataset(root: Path, splits: Mapping[str, int] = SPLITS, workers: int | None = None) -> None:
     """Write a data set under ``root``, in Cityscapes' layout; what is there already stays.
 
     Args:
         splits: how many scenes in "train" and in "val".
-        workers: processes; None for one a core.
+        workers: processes; None for one per core.
     """
     jobs = [(split, index) for split, count in splits.items() for index in range(count)]
-    with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(partial(write_scene, Path(root), seed), *zip(*jobs), chunksize=4)
-        for _ in tqdm(done, total=len(jobs), desc="drawing streets", disable=None):
-            pass
+    for_each(partial(write_scene, root), jobs, workers, "drawing streets")

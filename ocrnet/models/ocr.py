@@ -55,13 +55,16 @@ class SpatialGather(nn.Module):
     """
 
     def forward(self, x: Tensor, region_logits: Tensor) -> Tensor:
-        """x (B, C, H, W), region_logits (B, K, H, W) -> f (B, C, K, 1), in x's dtype or fp32 if that is wider."""
+        """x (B, C, H, W), region_logits (B, K, H, W) -> f (B, C, K, 1), fp32 or wider."""
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            m = region_logits.to(dtype).flatten(2).softmax(dim=2)  # (B, K, N), each row sums to one
-            x = x.to(dtype).flatten(2).transpose(1, 2)  # (B, N, C)
-            f = m @ x  # (B, K, C)
+            m = self.weights(region_logits)  # (B, K, N)
+            f = m @ x.to(m.dtype).flatten(2).transpose(1, 2)  # (B, K, N) @ (B, N, C) = (B, K, C)
         return f.transpose(1, 2).unsqueeze(3)  # (B, C, K, 1): an image of K pixels, for 1x1 convolutions
+
+    def weights(self, region_logits: Tensor) -> Tensor:
+        """region_logits (B, K, H, W) -> m (B, K, N), fp32 or wider; each row, a class's, sums to one."""
+        wide = region_logits.to(torch.promote_types(region_logits.dtype, torch.float32))
+        return wide.flatten(2).softmax(dim=2)
 
 
 class ObjectAttention(nn.Module):

@@ -26,6 +26,7 @@ HRNETS = {
 # Of ResNet: bottlenecks in stages 1 to 4.
 RESNETS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
 VARIANTS = (*HRNETS, *RESNETS)
+HEADS = ("ocr", "fcn")
 
 
 class FCNHead(nn.Module):
@@ -49,9 +50,6 @@ class FCNHead(nn.Module):
     def forward(self, region_features: Tensor, features: Tensor) -> tuple[Tensor]:
         """The second of two feature maps, (B, in_channels, H, W) -> logits (B, K, H, W), the only output."""
         return (self.classifier(self.hidden(features)),)
-
-
-HEADS = {"ocr": OCRHead, "fcn": FCNHead}
 
 
 class OCRNet(nn.Module):
@@ -129,20 +127,21 @@ def build_model(
         raise InputError(f"no head {head!r}: expected one of {', '.join(HEADS)}")
     if name in HRNETS:
         backbone = HRNet(**HRNETS[name], align_corners=align_corners)
-        features = 15 * HRNETS[name]["width"]  # C + 2C + 4C + 8C
+        channels = 15 * HRNETS[name]["width"]  # C + 2C + 4C + 8C
         dropout = dropout or 0.0
-        sizes = dict(
-            ocr=dict(in_channels=features, region_in_channels=features, region_channels=features),
-            fcn=dict(in_channels=features, channels=features),
-        )
+        if head == "ocr":
+            top = OCRHead(channels, channels, channels, num_classes, dropout=dropout)
+        else:
+            top = FCNHead(channels, channels, num_classes, dropout=dropout)
     elif name in RESNETS:
         from .resnet import ResNet  # here, as torchvision takes a second to import
 
         backbone = ResNet(RESNETS[name], deep_stem)
         dropout = 0.1 if dropout is None else dropout
-        regions = dict(region_in_channels=1024, region_channels=256, region_kernel_size=3, region_dropout=dropout)
-        sizes = dict(ocr=dict(in_channels=2048, **regions), fcn=dict(in_channels=2048, channels=512, kernel_size=3))
+        if head == "ocr":
+            top = OCRHead(2048, 1024, 256, num_classes, region_kernel_size=3, region_dropout=dropout, dropout=dropout)
+        else:
+            top = FCNHead(2048, 512, num_classes, kernel_size=3, dropout=dropout)
     else:
         raise InputError(f"no model {name!r}: expected one of {', '.join(VARIANTS)}")
-    made = HEADS[head](num_classes=num_classes, dropout=dropout, **sizes[head])
-    return OCRNet(backbone, made, align_corners, config)
+    return OCRNet(backbone, top, align_corners, config)

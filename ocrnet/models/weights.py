@@ -6,6 +6,7 @@ HRNet-OCR, an ImageNet HRNet and torchvision's ResNet, whose names the backbones
 
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,8 +160,10 @@ def fold_biases(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str,
 def adapt(model: OCRNet, tensors: dict[str, Tensor], source: str) -> None:
     """Bring what is no tensor in line with the weights: the resizing they were trained with, dropout, ResNet's stem."""
     if source == "the authors' HRNet-OCR":
-        model.config.update(align_corners=True, dropout=AUTHORS_DROPOUT)
-        model.head.classifier[0].p = AUTHORS_DROPOUT
+        model.config.update(align_corners=True)
+        if model.config["dropout"] is None:  # not asked for otherwise
+            model.config.update(dropout=AUTHORS_DROPOUT)
+            model.head.classifier[0].p = AUTHORS_DROPOUT
         for module in model.modules():
             if hasattr(module, "align_corners"):
                 module.align_corners = True
@@ -180,9 +183,18 @@ def load_weights(model: OCRNet, path: Path) -> Report:
         InputError: the file cannot be read safely, it is of another variant (a tensor's shape differs, or the model has
             no place for it), or it holds under 95 % of the backbone's tensors, so that the model would stay random.
     """
-    theirs = read_tensors(path)
+    return load_tensors(model, read_tensors(path), path)
+
+
+def load_tensors(model: OCRNet, theirs: dict[str, Tensor], path: Path) -> Report:
+    """``load_weights`` of a file's tensors, once they are read. ``path`` is for the messages."""
     source, names = translate(theirs)
     tensors = {names[name]: x for name, x in theirs.items()}
+    head = head_of(tensors)
+    if head not in (None, model.config["head"]):
+        raise InputError(
+            f"{path}: weights with head {head}: the model has {model.config['head']}: set --head to theirs"
+        )
     adapt(model, tensors, source)
     own = model.state_dict()
     tensors = fold_biases(tensors, own)
@@ -208,6 +220,13 @@ def load_weights(model: OCRNet, path: Path) -> Report:
     return Report(source, loaded, ignored, missing)
 
 
+def head_of(names: Iterable[str]) -> str | None:
+    """Which of ``HEADS`` tensors of these names are of, ours; None for a backbone alone."""
+    if "head.hidden.0.weight" in names:
+        return "fcn"
+    return "ocr" if "head.classifier.1.weight" in names else None
+
+
 def build_for(path: Path) -> OCRNet:
     """The OCRNet that a file of weights is of, with those weights: variant and class count are read off the shapes.
 
@@ -217,7 +236,7 @@ def build_for(path: Path) -> OCRNet:
     theirs = read_tensors(path)
     _, names = translate(theirs)
     shapes = {names[name]: x.shape for name, x in theirs.items()}
-    if "head.classifier.1.weight" not in shapes:
+    if head_of(shapes) is None:
         raise InputError(
             f"{path}: no OCR head in it: expected a whole OCRNet; train.py --weights takes a backbone alone"
         )
@@ -231,8 +250,8 @@ def build_for(path: Path) -> OCRNet:
         fits = [name for name, layers in RESNETS.items() if layers[2] == stage3]
     if not fits:
         raise InputError(f"{path}: of no known variant ({found}): expected one of {', '.join((*HRNETS, *RESNETS))}")
-    model = build_model(fits[0], shapes["head.classifier.1.weight"][0])
-    report = load_weights(model, path)
+    model = build_model(fits[0], shapes["head.classifier.1.weight"][0], head=head_of(shapes))
+    report = load_tensors(model, theirs, path)
     if report.missing:
         raise InputError(f"{path}: {len(report.missing)} tensors are missing, {report.missing[0]} first")
     return model

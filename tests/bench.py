@@ -91,18 +91,23 @@ class Ours:
         self.case = case
         self.accelerator = Accelerator(case["device"])
         self.device, self.dtype = self.accelerator.device, DTYPES[case["dtype"]]
+        if self.dtype != torch.float32:
+            self.accelerator.kind = self.accelerator.kind._replace(amp_dtype=self.dtype)
         self.layout = torch.channels_last if case["layout"] == "channels_last" else torch.contiguous_format
 
     def build(self) -> None:
         torch.manual_seed(0)
-        self.model = build_model(self.case["model"]).to(self.device, memory_format=self.layout)
+        model = build_model(self.case["model"]).to(self.device, memory_format=self.layout)
+        self.model = torch.compile(model) if self.case["compile"] else model
+        self.prepare_step()
+
+    def prepare_step(self) -> None:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         B, (H, W) = self.case["batch"], self.case["crop"]
         self.photo = torch.randint(0, 256, (B, 3, H, W), dtype=torch.uint8, device=self.device)
         self.label = torch.randint(0, 19, (B, H, W), device=self.device)
         rng = random.Random(0)
         self.colour = torch.tensor([draw_colour(rng) for _ in range(B)], device=self.device)
-        self.compiled = torch.compile(self.model) if self.case["compile"] else self.model
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -110,7 +115,7 @@ class Ours:
     def loss(self) -> torch.Tensor:
         image = to_input(self.photo, self.colour).contiguous(memory_format=self.layout)
         with self.autocast():
-            outputs = self.compiled(image)
+            outputs = self.model(image)
         return ocr_loss(outputs, self.label)[0]
 
     def step(self) -> list[float]:
@@ -190,8 +195,6 @@ class Peer(Ours):
         from mmseg.registry import MODELS
         from mmseg.structures import SegDataSample
 
-        super().build()
-
         def plain_batch_norm(node):
             for key, value in node.items() if isinstance(node, dict) else enumerate(node):
                 if key == "norm_cfg" and value:
@@ -203,7 +206,7 @@ class Peer(Ours):
         self.config.model.data_preprocessor.size = tuple(self.case["crop"])
         plain_batch_norm(self.config.model)
         self.model = MODELS.build(self.config.model).to(self.device).train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.prepare_step()
         shape = tuple(self.case["crop"])
         meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape)
         self.samples = [SegDataSample(gt_sem_seg=PixelData(data=y[None]), metainfo=meta) for y in self.label]

@@ -370,7 +370,7 @@ def main() -> None:
         args.batch_size,
         sampler=sampler,
         num_workers=args.workers,
-        pin_memory=device.type != "cpu",
+        pin_memory=accelerator.has_own_memory,
         worker_init_fn=leave_signals_to_parent,
     )
     batches = iter(loader)

@@ -119,10 +119,15 @@ class Accelerator:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
+    @property
+    def has_own_memory(self) -> bool:
+        """Whether batches are copied to the device, which is faster from pinned memory."""
+        return self.device.type != "cpu"
+
     def autocast(self, enabled: bool) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.kind.amp_dtype, enabled=enabled)
 
-    def grad_scaler(self, enabled: bool):
+    def grad_scaler(self, enabled: bool) -> torch.amp.GradScaler:
         """Loss scaling for fp16, whose small gradients would vanish; without effect for anything else."""
         enabled = enabled and self.kind.amp_dtype == torch.float16
         if self.kind.plugin:
@@ -155,9 +160,9 @@ class Accelerator:
             dist.all_reduce(rows)  # of zeros but for one's own: every process group has all_reduce
         return rows
 
-    def any(self, flag: bool) -> torch.Tensor:
-        """A tensor above 0 if any process says so. On a card reading it waits for the card, so read it late."""
-        x = torch.full((), float(flag), device=self.device)
+    def any(self, flag: object) -> torch.Tensor:
+        """A tensor above 0 if any process's flag is true. Reading it waits for the card, so read it late."""
+        x = torch.full((), float(bool(flag)), device=self.device)
         if dist.is_initialized():
             dist.all_reduce(x)
         return x

@@ -160,6 +160,8 @@ class Scene:
         z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
         return right * z, z, z
 
+    # label, color, texture and noise (roughness, patches) of these three are those of ``paint``; the rest is in metres
+
     def front(self, label, x, y, width, height, z, color, texture=plain, **noise) -> None:
         """A rectangle that faces the camera, its lower left corner at (x, y, z)."""
         corners = [(x, y, z), (x + width, y, z), (x + width, y + height, z), (x, y + height, z)]

@@ -66,15 +66,15 @@ def draw_box(
 
 def cut_photo(photo: np.ndarray | Image.Image, box: Box, crop: tuple[int, int]) -> Tensor:
     """RGB or uint8 (H, W, 3) -> (3, h, w): between the four nearest pixels, also when shrinking, as OpenCV does it."""
-    return cut(torch.from_numpy(part(photo, box)).permute(2, 0, 1), box, crop, "bilinear", PAD_PHOTO)
+    return cut(torch.from_numpy(copy_box(photo, box)).permute(2, 0, 1), box, crop, "bilinear", PAD_PHOTO)
 
 
 def cut_label(label: np.ndarray, box: Box, crop: tuple[int, int]) -> Tensor:
     """uint8 (H, W) -> (h, w): the nearest pixel."""
-    return cut(torch.from_numpy(part(label, box))[None], box, crop, "nearest", (PAD_LABEL,))[0]
+    return cut(torch.from_numpy(copy_box(label, box))[None], box, crop, "nearest", (PAD_LABEL,))[0]
 
 
-def part(picture: np.ndarray | Image.Image, box: Box) -> np.ndarray:
+def copy_box(picture: np.ndarray | Image.Image, box: Box) -> np.ndarray:
     """A copy of the box alone: of a file mapped into memory nothing else is read."""
     if isinstance(picture, Image.Image):
         return np.array(picture.crop((box.left, box.top, box.left + box.width, box.top + box.height)))

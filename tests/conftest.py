@@ -1,6 +1,7 @@
 """What several tests share: a small generated data set, and running the real scripts."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -52,6 +53,20 @@ def script():
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
         assert (done.returncode == 0) == ok, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    return call
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main("train.py", "--iters", 2) runs a script in this process, as far as to its first error, which it raises.
+
+    Quicker than ``script``, for what ends before a process group or a loop is there.
+    """
+
+    def call(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        importlib.import_module(name.removesuffix(".py")).main()
 
     return call
 

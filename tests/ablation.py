@@ -1,6 +1,6 @@
 """The README's table of exercises: each of them, solved, on the demo with several seeds.
 
-    python tests/ablation.py                                     18 runs of five minutes on two cores
+    python tests/ablation.py                                     21 runs of five minutes on two cores
     python tests/ablation.py --seeds 0 --only detach fcn         two of them
 
 A run that has ended is not done again. The solutions are in tests/exercises: a diff to apply, or a class table.
@@ -23,6 +23,7 @@ EXERCISES = {  # what is changed: flags of train.py
     "detach": [],
     "fcn": ["--head", "fcn"],
     "ground_truth": [],
+    "upper_bound": [],
     "classes": [],
     "width": ["--model", "hr9s"],
 }

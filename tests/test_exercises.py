@@ -45,6 +45,20 @@ print(torch.allclose(f[0], x[0, :, 0, 0]), torch.allclose(f[1], x[0, :, 1].mean(
     assert run_there(tmp_path, "-c", check) == "True True\n"
 
 
+def test_with_the_true_relation_pixels_of_a_class_have_one_context(tmp_path):
+    solve("upper_bound", tmp_path)
+    check = """
+import torch
+from ocrnet.models import OCRHead
+head = OCRHead(in_channels=6, region_in_channels=6, region_channels=6, num_classes=3, channels=8, key_channels=4).eval()
+x, head.label = torch.randn(1, 8, 2, 2), torch.tensor([[[0, 2], [1, 1]]])
+regions = head.true_regions(torch.randn(1, 3, 2, 2))
+y = head.attention(x, head.gather(x, regions), regions)[0]
+print(torch.allclose(y[:, 1, 0], y[:, 1, 1]), torch.allclose(y[:, 0, 0], y[:, 0, 1]))
+"""
+    assert run_there(tmp_path, "-c", check) == "True False\n"
+
+
 def test_another_width_is_a_line(tmp_path):
     solve("width", tmp_path)
     check = "from ocrnet.models import build_model; print(build_model('hr9s').backbone.transition1[0][0].weight.shape)"

@@ -185,3 +185,14 @@ def test_weights_with_the_other_head_are_refused_by_its_name(tmp_path):
         with pytest.raises(InputError, match=f"weights with head {head}: the model has {other}: set --head to theirs"):
             load_weights(build_model("hr18s", head=other), tmp_path / "x.pth")
         assert load_model(tmp_path / "x.pth")[0].config["head"] == head
+
+
+def test_an_ocrnet_of_other_classes_gives_all_but_its_classifiers(tmp_path):
+    source, model = build_model("hr18s", num_classes=19), build_model("hr18s", num_classes=4)
+    torch.save({"state_dict": as_mmsegmentation(source)}, tmp_path / "x.pth")
+    report = load_weights(model, tmp_path / "x.pth")
+    classifiers = {f"head.{name}.{x}" for name in ("region_head.2", "classifier.1") for x in ("weight", "bias")}
+    assert set(report.missing) == classifiers and len(report.ignored) == 4
+    own = model.state_dict()
+    assert all(torch.equal(x, own[name]) for name, x in source.state_dict().items() if name not in classifiers)
+    assert own["head.classifier.1.weight"].shape[0] == 4

@@ -66,6 +66,8 @@ AUTHORS = {
 BACKBONE = {"": "backbone."}  # an ImageNet HRNet, or torchvision's ResNet
 AUTHORS_DROPOUT = 0.05
 
+CLASSIFIERS = ("head.region_head.2.", "head.classifier.1.")
+
 # Tensors that are not of an OCRNet: ImageNet's classifiers, and the class weights of the authors' loss.
 NOT_OURS = ("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.", "fc.", "loss.")
 
@@ -177,7 +179,8 @@ def load_weights(model: OCRNet, path: Path) -> Report:
 
     Takes checkpoints of this project, mmsegmentation's OCRNet, the authors' HRNet-OCR, an ImageNet HRNet and
     torchvision's ResNet. What goes with the weights but is no tensor is set too, and kept in ``model.config``:
-    align_corners and dropout for the authors', the deep stem for mmsegmentation's ResNet.
+    align_corners and dropout for the authors', the deep stem for mmsegmentation's ResNet. Classifiers of another number
+    of classes are left out.
 
     Raises:
         InputError: the file cannot be read safely, it is of another variant (a tensor's shape differs, or the model has
@@ -198,6 +201,9 @@ def load_tensors(model: OCRNet, theirs: dict[str, Tensor], path: Path) -> Report
     adapt(model, tensors, source)
     own = model.state_dict()
     tensors = fold_biases(tensors, own)
+    others = [name for name in tensors if name.startswith(CLASSIFIERS) and len(tensors[name]) != len(own[name])]
+    for name in others:  # of other classes: learned anew
+        del tensors[name]
     loaded = [name for name in tensors if name in own]
     backbone = [name for name in own if name.startswith("backbone.")]
     share = len(set(backbone) & set(loaded)) / len(backbone)
@@ -209,9 +215,9 @@ def load_tensors(model: OCRNet, theirs: dict[str, Tensor], path: Path) -> Report
         if tensors[name].shape != own[name].shape:
             found, expected = tuple(tensors[name].shape), tuple(own[name].shape)
             raise InputError(f"{path}: {name} is {found}, the model expects {expected}: set --model to theirs")
-    ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys())
+    ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys() | set(others))
     for name in ignored:
-        if not name.removeprefix("backbone.").startswith(NOT_OURS):
+        if names[name] not in others and not name.removeprefix("backbone.").startswith(NOT_OURS):
             raise InputError(
                 f"{path}: the model has no place for {name}: weights of another variant: set --model to theirs"
             )

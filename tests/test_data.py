@@ -23,6 +23,7 @@ from ocrnet.data.cityscapes import (
     pack_samples,
     packed_path,
     read_photo,
+    remove_unfinished,
     train_ids_from_label_ids,
     train_ids_from_polygons,
     write_missing_train_ids,
@@ -522,3 +523,10 @@ def test_greys_and_paints_are_shared_so_that_colour_alone_does_not_tell(data):
         x, y = (np.array(means[CITYSCAPES.names.index(name)]) for name in (a, b))
         between = np.linalg.norm(x.mean(0) - y.mean(0))
         assert between < min(np.linalg.norm(x.std(0)), np.linalg.norm(y.std(0))), (a, b)
+
+
+def test_only_what_a_killed_write_left_is_removed(tmp_path):
+    for name in ("a.png.part123", "gtFine.part1.rar", "b.png", "c.part"):
+        (tmp_path / name).write_text("")
+    remove_unfinished(tmp_path.glob("*.part*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"gtFine.part1.rar", "b.png", "c.part"}

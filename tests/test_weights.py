@@ -196,3 +196,11 @@ def test_an_ocrnet_of_other_classes_gives_all_but_its_classifiers(tmp_path):
     own = model.state_dict()
     assert all(torch.equal(x, own[name]) for name, x in source.state_dict().items() if name not in classifiers)
     assert own["head.classifier.1.weight"].shape[0] == 4
+
+
+def test_a_dropout_that_was_asked_for_stays(tmp_path):
+    torch.save(as_theirs(build_model("hr18s"), AUTHORS), tmp_path / "x.pth")
+    for asked, expected in ((None, 0.05), (0.3, 0.3)):
+        model = build_model("hr18s", dropout=asked)
+        load_weights(model, tmp_path / "x.pth")
+        assert model.config["dropout"] == model.head.classifier[0].p == expected

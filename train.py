@@ -197,7 +197,7 @@ def check_resumable(state: dict, args: argparse.Namespace, conditions: dict, las
 
 
 def memory_estimate(model: OCRNet, batch_size: int, crop: tuple[int, int], amp: bool) -> float:
-    """GiB a process: weights, gradients and momentum, and what autograd keeps of a batch for the backward pass.
+    """GiB per process: weights, gradients and momentum, and what autograd keeps of a batch for the backward pass.
 
     The latter grows with the area: it is measured on two small images on the CPU, and drawn on as a straight line.
     What comes and goes beside it is left out: expect a tenth to a fifth more, and the device's own libraries.

@@ -1,44 +1,38 @@
-"""Draw loss, learning rate and validation mIoU of one or more runs.
+"""Plot training loss, learning rate and validation mIoU of one or more runs.
 
-    python plot_curve.py runs/hr18                                  writes runs/hr18/curve.png
-    python plot_curve.py runs/hr18 runs/hr48 --out both.png
-    python plot_curve.py runs/hr18 train_sdaa_3rd.log --out both.png    beside a log of mmengine
+    python plot_curve.py runs/hr18                                      writes runs/hr18/curve.png
+    python plot_curve.py runs/hr18 runs/hr48 --output both.png
+    python plot_curve.py runs/hr18 train_sdaa_3rd.log --output both.png     with a log of mmengine
 
-A log is a run's folder, its log.jsonl, or the text that mmengine (mmsegmentation 1.x) prints or writes. A curve
-is labelled with the run's folder, or with the name of a text log.
+A log is a run's folder, its log.jsonl, or a text log of mmengine (mmsegmentation 1.x). The label of a curve is the name
+of the folder or of the text log.
 """
 
-import argparse
-from functools import partial
 from pathlib import Path
 
-from ocrnet.errors import run_script
-from ocrnet.visualize import plot_curves, read_log
+from ocrnet.logs import read_log
+from ocrnet.script import make_parser, run_script
+from ocrnet.visualize import plot_curves
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100),
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or mmengine's log"
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="PNG to write (default: curve.png beside the first log)"
-    )
-    parser.add_argument("--log-scale", action="store_true", help="loss and learning rate on logarithmic axes")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="default: curve.png beside the first log")
+    parser.add_argument("--log-scale", action="store_true", help="logarithmic axes for loss and learning rate")
     args = parser.parse_args()
     logs = [read_log(path) for path in args.logs]
     names = [log.name for log in logs]
     logs = [log._replace(name=str(path)) if names.count(log.name) > 1 else log for log, path in zip(logs, args.logs)]
     first = args.logs[0]
-    out = args.out or (first if first.is_dir() else first.parent) / "curve.png"
-    plot_curves(logs, out, args.log_scale)
+    output = args.output or (first if first.is_dir() else first.parent) / "curve.png"
+    plot_curves(logs, output, args.log_scale)
     for log in logs:
         best = f", best mIoU {max(entry['mIoU'] for entry in log.val):.2%}" if log.val else ""
         print(f"{log.name}: {len(log.train)} training entries, {len(log.val)} validations{best}")
-    print(f"wrote {out}")
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

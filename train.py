@@ -1,11 +1,12 @@
-"""Train OCRNet: a plain loop, straight down the page.
+"""Train OCRNet.
 
-    python train.py --demo                          a few minutes on two CPU cores, on generated streets
+    python train.py --demo                          a small model on generated data, minutes on two CPU cores
     python train.py                                 the recipe in one process
-    torchrun --nproc_per_node 4 train.py            the recipe: 4 cards of 2 pictures, 40,000 iterations
-    torchrun --nproc_per_node 4 train.py --resume   go on after a stop
+    torchrun --nproc_per_node 4 train.py            the recipe: 4 devices, 2 images each, 40,000 iterations
+    torchrun --nproc_per_node 4 train.py --resume   continue a stopped run
 
-Writes log.jsonl, last.pt, best.pt, curve.png, samples.png and scores.png to --out. SIGTERM and Ctrl-C save and leave.
+Writes log.jsonl, last.pt, best.pt, curve.png, samples.png and scores.png to --output-dir. SIGTERM and Ctrl-C save
+last.pt and exit.
 """
 
 import argparse
@@ -14,449 +15,378 @@ import random
 import signal
 import sys
 import time
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from ocrnet.checkpoint import RunFolder, load_checkpoint, restore_model
-from ocrnet.data.cityscapes import (
-    EndlessSampler,
-    RandomCrops,
-    WholeImages,
-    check_samples,
-    find_samples,
-    leave_signals_to_parent,
-    read_label_tensor,
-    write_missing_train_ids,
-)
+from ocrnet.checkpoint import load_checkpoint, restore_model
+from ocrnet.data.cityscapes import check_samples, find_samples, write_missing_train_ids
 from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, read_classes
+from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset
 from ocrnet.data.synthetic import write_dataset
-from ocrnet.data.transforms import to_input
-from ocrnet.device import KINDS, Accelerator
-from ocrnet.errors import InputError, run_script
-from ocrnet.inference import predict, score, segment
-from ocrnet.losses import ocr_loss, poly_lr
-from ocrnet.metrics import ConfusionMatrix, row_baseline
-from ocrnet.models import HEADS, VARIANTS, OCRNet, build_model, load_weights
-from ocrnet.visualize import plot_curves, read_log, save_samples, save_scores
+from ocrnet.data.transforms import preprocess
+from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
+from ocrnet.errors import InputError
+from ocrnet.evaluation import baseline_of, evaluate, sample_predictions, without_nan
+from ocrnet.inference import predict
+from ocrnet.logs import read_log
+from ocrnet.losses import ocr_loss
+from ocrnet.metrics import ConfusionMatrix
+from ocrnet.models import BACKBONES, HEADS, OCRNet, build_model, load_weights
+from ocrnet.progress import Progress
+from ocrnet.run import RunFolder, check_resumable
+from ocrnet.schedule import poly_lr
+from ocrnet.script import make_parser, run_script
+from ocrnet.signals import StopSignal, ignore_signals_in_worker
+from ocrnet.visualize import plot_curves, save_samples, save_scores
 
 DEMO = dict(
-    data=Path("data/synthetic"), out=Path("runs/demo"), model="hr18s", crop=[96, 192], scales=[0.75, 1.5],
-    batch_size=4, iters=600, lr=0.05, val_every=200, save_every=200, log_every=10, workers=1,
+    data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18s", crop_size=[96, 192],
+    scale_range=[0.75, 1.5], batch_size=4, max_iters=600, lr=0.05, val_every=200, save_every=200, log_every=10,
+    workers=1,
 )  # fmt: skip
 
 
+# fmt: off
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27, width=100),
-        usage="train.py [options]",
-    )
-    group = parser.add_argument_group("what to train, on what")
-    group.add_argument("--demo", action="store_true", help="generated data and short settings; flags still override")
-    group.add_argument(
-        "--data", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="the data set (default: %(default)s)"
-    )
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        choices=VARIANTS,
-        default="hr18",
-        help="of " + ", ".join(VARIANTS) + " (default: %(default)s)",
-    )
-    group.add_argument("--head", metavar="NAME", choices=HEADS, default="ocr", help="ocr, or fcn: the backbone alone")
-    group.add_argument("--weights", type=Path, metavar="FILE", help="start from these, such as an ImageNet HRNet's")
-    group.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the run (default: runs/MODEL, with --head fcn runs/MODEL-fcn)",
-    )
-    group.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
-    group.add_argument("--dry-run", action="store_true", help="say what would be trained, on what, and stop")
+    parser = make_parser(__doc__, usage="train.py [options]")
+    on_off = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--demo", action="store_true", help="generated data and short settings, which flags override")
+    group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
+    group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/MODEL, or runs/MODEL-fcn")
+    group.add_argument("--model", choices=BACKBONES, default="hr18", help="backbone")
+    group.add_argument("--head", choices=HEADS, default="ocr", help="fcn is a plain classifier")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="initial weights, such as an ImageNet HRNet's")
+    group.add_argument("--resume", action="store_true", help="continue from last.pt in --output-dir, if it exists")
+    group.add_argument("--dry-run", action="store_true", help="print what would be trained and exit")
+
     group = parser.add_argument_group("recipe")
-    group.add_argument(
-        "--crop",
-        type=int,
-        nargs=2,
-        default=[512, 1024],
-        metavar=("H", "W"),
-        help="pixels that the network sees (default: 512 1024)",
-    )
-    group.add_argument(
-        "--scales",
-        type=float,
-        nargs=2,
-        default=[0.5, 2.0],
-        metavar=("MIN", "MAX"),
-        help="range of the random resizing (default: 0.5 2.0)",
-    )
-    group.add_argument(
-        "--batch-size", metavar="N", type=int, default=2, help="pictures per process (default: %(default)s)"
-    )
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches per step (default: 1)")
-    group.add_argument(
-        "--iters", metavar="N", type=int, default=40_000, help="steps of the optimizer (default: %(default)s)"
-    )
-    group.add_argument(
-        "--lr", metavar="X", type=float, default=0.01, help="for a global batch of 8 (default: %(default)s)"
-    )
-    group.add_argument("--min-lr", metavar="X", type=float, default=1e-4, help="where lr ends (default: %(default)s)")
-    group.add_argument(
-        "--colour", action=argparse.BooleanOptionalAction, default=True, help="colour change (default: on)"
-    )
-    group.add_argument("--class-weights", action="store_true", help="weigh classes as the authors do")
-    group.add_argument("--ohem", type=float, metavar="P", help="final loss of pixels below probability P (0.7, 0.9)")
-    group.add_argument("--align-corners", action="store_true", help="resize maps as the authors do")
-    group.add_argument(
-        "--dropout", metavar="P", type=float, help="before the classifier (default: 0, ResNet 0.1, authors 0.05)"
-    )
-    group.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of weights, order, crops, dropout (default: %(default)s)"
-    )
-    group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device", metavar="NAME", choices=KINDS, help="sdaa, cuda or cpu (default: the first that is there)"
-    )
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision (default: not on a CPU)")
+    group.add_argument("--max-iters", type=int, default=40_000, metavar="N", help="optimizer steps")
+    group.add_argument("--batch-size", type=int, default=2, metavar="N", help="images per process")
+    group.add_argument("--accum-steps", type=int, default=1, metavar="N", help="batches per optimizer step")
+    group.add_argument("--lr", type=float, default=0.01, metavar="X", help="learning rate for a global batch of 8")
+    group.add_argument("--min-lr", type=float, default=1e-4, metavar="X", help="learning rate at the end")
+    group.add_argument("--momentum", type=float, default=0.9, metavar="X", help="of SGD")
+    group.add_argument("--weight-decay", type=float, default=5e-4, metavar="X", help="of SGD")
+    group.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels")
+    group.add_argument("--scale-range", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="sizes")
+    group.add_argument("--color-jitter", action=on_off, default=True, help="photometric distortion")
+    group.add_argument("--class-weights", action="store_true", help="the authors' class weights for Cityscapes")
+    group.add_argument("--ohem", type=float, metavar="P", help="only pixels with probability < P in the final loss")
+    group.add_argument("--dropout", type=float, metavar="P", help="before the classifier; default: HRNet 0, ResNet 0.1")
+    group.add_argument("--align-corners", action="store_true", help="resize feature maps as the authors do")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, crops and dropout")
+
+    group = parser.add_argument_group("device")
+    group.add_argument("--device", choices=DEVICES, help="default: the first that is available")
+    group.add_argument("--amp", action=on_off, help="mixed precision; default: not on CPUs")
+    group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16, on CPUs bf16")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--workers", metavar="N", type=int, default=4, help="loaders per process (default: %(default)s)")
-    group.add_argument(
-        "--timeout", metavar="S", type=float, default=600, help="seconds to wait for a process (default: 600)"
-    )
-    group = parser.add_argument_group("rhythm, in iterations")
-    group.add_argument(
-        "--val-every", metavar="N", type=int, default=4000, help="score the val split (default: %(default)s)"
-    )
-    group.add_argument("--save-every", metavar="N", type=int, default=4000, help="write last.pt (default: %(default)s)")
-    group.add_argument(
-        "--log-every", metavar="N", type=int, default=50, help="write a line of the log (default: %(default)s)"
-    )
+    group.add_argument("--workers", type=int, default=4, metavar="N", help="data loader workers per process")
+    group.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait for another process")
+
+    group = parser.add_argument_group("intervals, in iterations")
+    group.add_argument("--val-every", type=int, default=4000, metavar="N", help="validation")
+    group.add_argument("--save-every", type=int, default=4000, metavar="N", help="last.pt")
+    group.add_argument("--log-every", type=int, default=50, metavar="N", help="a line of log.jsonl")
+
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args()
-    args.out = args.out or Path("runs") / (args.model if args.head == "ocr" else f"{args.model}-{args.head}")
-    for name in ("batch_size", "accumulate", "iters", "val_every", "save_every", "log_every"):
+    for name in ("max_iters", "batch_size", "accum_steps", "val_every", "save_every", "log_every"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
-    if not 0 < args.scales[0] <= args.scales[1]:
-        parser.error(f"--scales {args.scales[0]} {args.scales[1]}: expected two factors above 0, the smaller first")
-    if min(args.crop) < 32:
-        parser.error(f"--crop {args.crop[0]} {args.crop[1]}: expected 32 or more on each side")
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, found {getattr(args, name)}")
+    if not 0 < args.scale_range[0] <= args.scale_range[1]:
+        parser.error(f"--scale-range: expected 0 < MIN <= MAX, found {args.scale_range[0]} {args.scale_range[1]}")
+    if min(args.crop_size) < 32:
+        parser.error(f"--crop-size: expected 32 or more, found {args.crop_size[0]} {args.crop_size[1]}")
+    args.output_dir = args.output_dir or Path("runs") / (args.model + ("" if args.head == "ocr" else "-" + args.head))
     return args
+# fmt: on
 
 
-class Stop:
-    """SIGTERM (of schedulers) and Ctrl-C ask for a stop after the current iteration; a later Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal = None
-        signal.signal(signal.SIGTERM, self.ask)
-        signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.signal and time.monotonic() > self.since + 1:  # not one that came twice
-            raise KeyboardInterrupt
-        self.signal, self.since = signal.Signals(number), time.monotonic()
+class Data(NamedTuple):
+    table: ClassTable
+    train: TrainDataset
+    val: EvalDataset
 
 
-def check_resumable(state: dict, args: argparse.Namespace, conditions: dict, last: Path) -> list[str]:
-    """Compare a checkpoint's run with the one that is to go on: -> what may differ and does, a sentence each.
+@dataclass
+class RunState:
+    """What a checkpoint holds: the model, its optimizer, and how far the run is."""
 
-    Raises:
-        InputError: something differs with which the run would be neither the one nor the other.
-    """
-    if not {"optimizer", "args", "conditions"} <= state.keys():
-        raise InputError(f"{last}: holds a model but no run to go on with: start from it with --weights")
-    before, conditions_before = state["args"], state["conditions"]
-    for name in ("model", "head", "align_corners", "dropout", "iters", "seed"):
-        now = getattr(args, name)
-        if now != before[name]:
-            raise InputError(
-                f"--{name.replace('_', '-')} {now}: the run of {last} has {before[name]}: give that, or another --out"
-            )
-    for name in ("classes", "global batch", "training pictures"):
-        now, then = conditions[name], conditions_before[name]
-        if now != then:
-            raise InputError(f"{name} {now}: the run of {last} has {then}: give that, or another --out")
-    changed = [
-        f"--{name.replace('_', '-')} is {getattr(args, name)}, it was {before[name]}"
-        for name in ("lr", "min_lr", "crop", "scales", "colour", "class_weights", "ohem", "accumulate")
-        if getattr(args, name) != before[name]
-    ]
-    for name in ("processes", "mixed precision", "device"):
-        now, then = conditions[name], conditions_before[name]
-        if now != then:
-            changed.append(f"{name}: {now}, before {then}")
-    return changed
+    model: OCRNet
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    iteration: int = 0  # optimizer steps done
+    validated: int = 0  # iteration of the last validation
+    best_miou: float = -math.inf
+    confusion: ConfusionMatrix | None = None  # of the last validation; not in the checkpoint
+
+    def state_dict(self) -> dict:
+        progress = {"iter": self.iteration, "validated": self.validated, "best": self.best_miou}
+        optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"model": self.model.state_dict(), "config": self.model.config, **optimizer, **progress}
+
+    def load_progress(self, checkpoint: dict) -> None:
+        """Load everything but the model, which ``restore_model`` builds."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # empty without loss scaling
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.iteration, self.validated = checkpoint["iter"], checkpoint["validated"]
+        self.best_miou = checkpoint["best"]
 
 
-def memory_estimate(model: OCRNet, batch_size: int, crop: tuple[int, int], amp: bool) -> float:
-    """GiB per process: weights, gradients and momentum, and what autograd keeps of a batch for the backward pass.
-
-    The latter grows with the area: it is measured on two small images on the CPU, and drawn on as a straight line.
-    What comes and goes beside it is left out: expect a tenth to a fifth more, and the device's own libraries.
-    """
-    model.train()
-    kept = []
-    for width in (64, 128):
-        storages = {}
-
-        def keep(x: Tensor, storages: dict = storages) -> Tensor:
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                outputs = model(torch.zeros(2, 3, 64, width).contiguous(memory_format=torch.channels_last))
-            loss, _ = ocr_loss(outputs, torch.zeros(2, 64, width, dtype=torch.long))
-        kept.append(sum(storages.values()))
-        del loss, outputs
-    a_pixel = (kept[1] - kept[0]) / (2 * 64 * 64)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return (3 * weights + a_pixel * batch_size * crop[0] * crop[1]) / 2**30
+# ---- set-up ----------------------------------------------------------------------------------------------------------
 
 
-def draw_results(
-    out: Path,
-    model: OCRNet,
-    val_set: WholeImages,
-    confusion: ConfusionMatrix | None,
-    table: ClassTable,
+def load_last(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
+    """last.pt of the run to resume, read by rank 0 for all. None for a new run."""
+    last, checkpoint = args.output_dir / "last.pt", None
+    if accelerator.is_main and last.exists():
+        if not args.resume:
+            raise InputError(f"--output-dir {args.output_dir}: holds a run: add --resume, or choose another folder")
+        checkpoint = load_checkpoint(last)
+        if "optimizer" not in checkpoint:
+            raise InputError(f"{last}: expected a run to resume, found only a model: start from it with --weights")
+    return accelerator.broadcast(checkpoint)
+
+
+def build_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
+    """Find and check the data set. With --demo it is generated first."""
+    if args.demo and accelerator.is_main:
+        write_dataset(args.data_path)
+        write_missing_train_ids(args.data_path)
+    accelerator.barrier()
+    table = read_classes(args.data_path)
+    if args.class_weights and table.names != CITYSCAPES.names:
+        raise InputError(f"--class-weights: expected Cityscapes' classes, found others in {args.data_path}")
+    train, val = find_samples(args.data_path, "train"), find_samples(args.data_path, "val")
+    check_samples((train + val)[accelerator.rank :: accelerator.world_size], len(table), quiet=not accelerator.is_main)
+    accelerator.barrier()
+    train_set = TrainDataset(train, args.crop_size, args.seed, args.scale_range, args.color_jitter)
+    return Data(table, train_set, EvalDataset(val))
+
+
+def run_settings(args: argparse.Namespace, data: Data, accelerator: Accelerator) -> dict:
+    """What a resumed run is compared with, see ``check_resumable``."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return flags | dict(
+        classes=", ".join(data.table.names), train_images=len(data.train), world_size=accelerator.world_size,
+        global_batch=args.batch_size * args.accum_steps * accelerator.world_size,
+        device=accelerator.device.type, amp=accelerator.amp, amp_dtype=str(accelerator.amp_dtype),
+    )  # fmt: skip
+
+
+def build_state(
+    args: argparse.Namespace, num_classes: int, checkpoint: dict | None, accelerator: Accelerator
+) -> RunState:
+    """Model, optimizer and scaler: new, or as in the checkpoint."""
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        model = restore_model(checkpoint, args.output_dir / "last.pt")
+    else:
+        model = build_model(args.model, num_classes, args.align_corners, args.dropout, head=args.head)
+        model = model.to(memory_format=torch.channels_last)
+        if args.weights:
+            accelerator.print0(f"{args.weights}: {load_weights(model, args.weights)}")
+    model = accelerator.convert_sync_bn(model).to(accelerator.device)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    state = RunState(model, optimizer, accelerator.grad_scaler())
+    if checkpoint:
+        state.load_progress(checkpoint)
+    return state
+
+
+def build_loader(args: argparse.Namespace, dataset: TrainDataset, accelerator: Accelerator, start: int) -> DataLoader:
+    """Batches of this rank, without end, after the first ``start`` images of all ranks."""
+    sampler = InfiniteSampler(len(dataset), args.seed, accelerator.rank, accelerator.world_size, start)
+    return DataLoader(
+        dataset, args.batch_size, sampler=sampler, num_workers=args.workers,
+        pin_memory=accelerator.device.type != "cpu", worker_init_fn=ignore_signals_in_worker,
+    )  # fmt: skip
+
+
+def describe(args: argparse.Namespace, state: RunState, data: Data, settings: dict, accelerator: Accelerator) -> None:
+    """Print what is trained, on what, and how."""
+    print0, batch = accelerator.print0, settings["global_batch"]
+    parameters = sum(p.numel() for p in state.model.parameters())
+    precision = str(accelerator.amp_dtype).removeprefix("torch.") + " autocast" if accelerator.amp else "fp32"
+    print0(f"{args.model}, head {args.head}: {parameters:,} parameters, on {accelerator}, {precision}")
+    images = f"{len(data.train)} training and {len(data.val)} validation images"
+    print0(f"{args.data_path}: {images}, {len(data.table)} classes")
+    crops = f"{args.max_iters:,} iterations of {batch} crops of {args.crop_size[0]}x{args.crop_size[1]}"
+    print0(f"{crops}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
+    if state.iteration:
+        print0(f"resuming after iteration {state.iteration}")
+    if batch != 8 and not args.demo:
+        print0(f"NOTE: --lr 0.01 of the recipe is for a global batch of 8, found {batch}")
+    if not (args.weights or args.demo or state.iteration):
+        print0(
+            "WARNING: training from RANDOM weights; the published scores start from an ImageNet HRNet: --weights FILE"
+        )
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def to_device(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of ``TrainDataset`` -> normalized images (B, 3, H, W) and labels int64 (B, H, W) on the device."""
+    image, label, photometric = (x.to(device, non_blocking=True) for x in batch)
+    return preprocess(image, photometric).contiguous(memory_format=torch.channels_last), label.long()
+
+
+def train_step(
+    model: nn.Module,
+    batches: Iterator,
+    state: RunState,
+    args: argparse.Namespace,
     accelerator: Accelerator,
-    amp: bool,
+    class_weights: Tensor | None = None,
+) -> tuple[Tensor, float]:
+    """One optimizer step over ``accum_steps`` batches.
+
+    Returns:
+        (loss, final loss, auxiliary loss), the mean of the batches, (3,) on the device; and seconds waited for data.
+    """
+    losses, waited = torch.zeros(3, device=accelerator.device), 0.0
+    for micro_step in range(args.accum_steps):
+        since = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - since
+        image, label = to_device(batch, accelerator.device)  # (B, 3, H, W), (B, H, W)
+        model.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP: average gradients once per step
+        with accelerator.autocast():
+            outputs = model(image)  # logits, region_logits, (B, K, H, W) each
+        loss, parts = ocr_loss(outputs, label, class_weights, args.ohem)
+        del outputs  # the largest tensors; the backward pass does not need them
+        state.scaler.scale(loss / args.accum_steps).backward()
+        losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return losses, waited
+
+
+def validate(
+    state: RunState, data: Data, args: argparse.Namespace, accelerator: Accelerator, folder: RunFolder
 ) -> None:
-    """curve.png, scores.png of the last validation (None: there was none since the start) and samples.png."""
-    plot_curves([read_log(out)], out / "curve.png")
-    if confusion:
-        save_scores(out / "scores.png", confusion, table)
-    model.eval()
-    shown = [val_set[i] for i in range(0, len(val_set), max(len(val_set) // 4, 1))][:4]
-    outputs = [segment(model, photo, accelerator, amp) for photo, _ in shown]
-    photos, labels = [photo.permute(1, 2, 0).numpy() for photo, _ in shown], [label.numpy() for _, label in shown]
-    save_samples(out / "samples.png", photos, labels, outputs, table)
+    """Evaluate on val, log the scores, and write best.pt (if mIoU is the highest so far) and last.pt."""
+    predict_image = partial(predict, accelerator=accelerator)
+    confusion = evaluate(state.model, data.val, len(data.table), accelerator, predict_image, args.workers)
+    miou, state.confusion, state.validated = confusion.mean_iou(), confusion, state.iteration
+    if miou > state.best_miou:
+        state.best_miou = miou
+        folder.save("best.pt", state.state_dict())
+    iou, miou_or_none = without_nan(data.table.names, confusion.iou()), None if math.isnan(miou) else miou
+    folder.log({"split": "val", "iter": state.iteration, "mIoU": miou_or_none, "IoU": iou})
+    folder.save("last.pt", state.state_dict())
+    accelerator.print0(f"iter {state.iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}")
+
+
+def train(
+    args: argparse.Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder
+) -> signal.Signals | None:
+    """Train until --max-iters or a stop signal, which is returned."""
+    model = accelerator.wrap_ddp(torch.compile(state.model) if args.compile else state.model)
+    class_weights = torch.tensor(CLASS_WEIGHTS, device=accelerator.device) if args.class_weights else None
+    global_batch = args.batch_size * args.accum_steps * accelerator.world_size
+    batches = iter(build_loader(args, data.train, accelerator, start=state.iteration * global_batch))
+    progress = Progress(accelerator, state.iteration, args.max_iters, global_batch)
+    stop, stopped = StopSignal(), None
+    state.model.train()
+
+    def due(every: int) -> bool:
+        return state.iteration % every == 0 or state.iteration == args.max_iters
+
+    if due(args.val_every) and state.iteration > state.validated:  # the run was stopped before this validation
+        validate(state, data, args, accelerator, folder)
+    while state.iteration < args.max_iters and not stopped:
+        # all ranks stop together; the sum is read after the step, as reading waits for the device
+        stop_requested = accelerator.sum(stop.requested(accelerator.is_orphan()).to(accelerator.device))
+        # dropout depends on seed, iteration and rank only, so checkpoints need no generator state
+        torch.manual_seed(random.Random(f"{args.seed} {state.iteration + 1} {accelerator.rank}").getrandbits(63))
+        lr = poly_lr(args.lr, state.iteration, args.max_iters, args.min_lr)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        losses, waited = train_step(model, batches, state, args, accelerator, class_weights)
+        progress.update(losses, waited)
+        state.iteration += 1
+
+        if stop_requested.item() > 0:
+            stopped = stop.received or signal.SIGTERM
+        saving = due(args.save_every) or due(args.val_every) or stopped
+        if saving or due(args.log_every):
+            entry = progress.entry(state.iteration, lr)
+            if not math.isfinite(entry["loss"]):  # before anything is saved
+                raise InputError(
+                    f"--lr {lr}: the loss is {entry['loss']}: try a lower one" + accelerator.amp * ", or --no-amp"
+                )
+            folder.log(entry)
+        if saving:
+            folder.save("last.pt", state.state_dict())
+            if due(args.val_every) and not stopped:
+                validate(state, data, args, accelerator, folder)
+            progress.restart()  # the reported speed is that of training
+    progress.close()
+    return stopped
+
+
+# ---- the end of a run ------------------------------------------------------------------------------------------------
+
+
+def draw_run(args: argparse.Namespace, state: RunState, data: Data, accelerator: Accelerator) -> None:
+    """curve.png, samples.png and, if there was a validation, scores.png."""
+    plot_curves([read_log(args.output_dir)], args.output_dir / "curve.png")
+    state.model.eval()
+    samples = sample_predictions(state.model, data.val, accelerator)
+    save_samples(args.output_dir / "samples.png", samples, data.table)
+    if state.confusion:
+        save_scores(args.output_dir / "scores.png", state.confusion, data.table)
 
 
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator(args.device, args.timeout)
-    device, rank, world_size = accelerator.device, accelerator.rank, accelerator.world_size
-    is_main = accelerator.is_main
-    amp = accelerator.kind.amp if args.amp is None else args.amp
-    global_batch = args.batch_size * args.accumulate * world_size
-    say = tqdm.write if is_main else lambda text: None
+    accelerator = Accelerator(args.device, args.amp, args.amp_dtype, args.timeout)
+    print0 = accelerator.print0
 
-    # ---- data ----
-    if args.demo and is_main:
-        write_dataset(args.data)
-        write_missing_train_ids(args.data)
-    accelerator.barrier()
-    table = read_classes(args.data)
-    if args.class_weights and table.names != CITYSCAPES.names:
-        raise InputError(f"--class-weights: are of Cityscapes' classes, not of those in {args.data}/classes.json")
-    train_samples, val_samples = find_samples(args.data, "train"), find_samples(args.data, "val")
-    check_samples((train_samples + val_samples)[rank::world_size], len(table), quiet=not is_main)
-    accelerator.barrier()
-    train_set = RandomCrops(train_samples, args.crop, args.seed, args.scales, args.colour)
-    val_set = WholeImages(val_samples)
-
-    # ---- model, optimizer, and where a stopped run stood ----
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, len(table), args.align_corners, args.dropout, head=args.head)
-    model = model.to(memory_format=torch.channels_last)
-    parameters = sum(p.numel() for p in model.parameters())
-    network = f"OCRNet {args.model}" if args.head == "ocr" else f"{args.model} with head {args.head}"
-    say(f"{network}: {parameters:,} parameters, on {accelerator}, " + ("mixed precision" if amp else "fp32"))
-    found = f"{len(train_samples)} training and {len(val_samples)} validation pictures"
-    say(f"{args.data}: {found}, {len(table)} classes")
-    settings = f"{args.iters:,} iterations of {global_batch} crops of {args.crop[0]}x{args.crop[1]}, lr {args.lr}"
-    say(f"{settings}, seed {args.seed}; writing to {args.out}")
-    if global_batch != 8 and not args.demo:
-        say(f"NOTE: the recipe's lr 0.01 is for a global batch of 8; here it is {global_batch}.")
-    last = args.out / "last.pt"
-    conditions = {
-        "classes": ", ".join(table.names),
-        "global batch": global_batch,
-        "training pictures": len(train_set),
-        "processes": world_size,
-        "mixed precision": amp,
-        "device": device.type,
-    }
-    state = load_checkpoint(last) if is_main and args.resume and last.exists() else None
-    state = accelerator.broadcast(state)  # also to hosts that do not see the file
-    if is_main and not args.resume and last.exists():
-        raise InputError(f"{args.out} holds a run: go on with --resume, or choose another folder with --out")
-    if state:
-        for change in check_resumable(state, args, conditions, last):
-            say(f"NOTE: {change}")
-        model = restore_model(state, last)
-        say(f"resuming {last} after iteration {state['iter']}")
-    elif args.weights:
-        report = load_weights(model, args.weights)
-        say(f"{args.weights}: {report}")
-    elif not args.demo:
-        say("WARNING: training from RANDOM weights. The published scores start from an ImageNet HRNet: --weights FILE.")
+    checkpoint = load_last(args, accelerator)
+    data = build_data(args, accelerator)
+    settings = run_settings(args, data, accelerator)
+    if checkpoint:
+        for note in check_resumable(checkpoint, settings, args.output_dir / "last.pt"):
+            print0(f"NOTE: {note}")
+    state = build_state(args, len(data.table), checkpoint, accelerator)
+    describe(args, state, data, settings, accelerator)
     if args.dry_run:
-        if is_main:
-            say(f"memory: at least {memory_estimate(model, args.batch_size, args.crop, amp):.1f} GiB per process")
-        say(f"every {args.val_every} iterations validation, every {args.save_every} a checkpoint; nothing was started")
         accelerator.close()
         return
-    model = accelerator.sync_bn(model).to(device)
-    ddp_model = accelerator.wrap(torch.compile(model) if args.compile else model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
-    scaler = accelerator.grad_scaler(amp)
-    start, validated, logged, best = 0, 0, 0, -math.inf  # iterations trained, validated, logged; the highest mIoU
-    confusion = None  # of the last validation
-    losses = torch.zeros(3, device=device)  # sums since the last entry of the log: loss, its two parts
-    if state:
-        start, validated, logged, best = (state[name] for name in ("iter", "validated", "logged", "best"))
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # a run without mixed precision has none
-            scaler.load_state_dict(state["scaler"])
-        rows = state["losses"]  # (R, 3)
-        losses += (rows[rank] if len(rows) == world_size else rows.mean(0)).to(device)
-    folder = RunFolder(args.out, start, validated) if is_main else None
-    log = folder.log if is_main else lambda entry: None
 
-    def save(name: str, iteration: int) -> None:
-        rows = accelerator.gather(losses)
-        if is_main:
-            state = {
-                "model": model.state_dict(),
-                "config": model.config,
-                "classes": table.rows(),
-                "iter": iteration,
-                "validated": validated,
-                "logged": logged,
-                "losses": rows,
-                "best": best,
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-                "conditions": conditions,
-            }
-            folder.save(name, state)
+    entries = {"classes": data.table.rows(), "settings": settings}
+    folder = RunFolder(args.output_dir, accelerator.is_main, entries, state.iteration, state.validated)
+    stopped = train(args, state, data, accelerator, folder)
 
-    def validate(iteration: int) -> None:
-        nonlocal validated, best, confusion
-        confusion = score(model, val_set, len(table), accelerator, args.workers, predict=partial(predict, amp=amp))
-        miou, iou = confusion.mean_iou(), confusion.iou().tolist()
-        validated = iteration
-        if miou > best:
-            best = miou
-            save("best.pt", iteration)
-        named = {name: None if math.isnan(x) else x for name, x in zip(table.names, iou)}
-        log({"split": "val", "iter": iteration, "mIoU": None if math.isnan(miou) else miou, "IoU": named})
-        say(f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}")
-
-    def must_validate(iteration: int) -> bool:
-        return iteration == args.iters or iteration % args.val_every == 0
-
-    if 0 < start != validated and must_validate(start):  # stopped while it was validating
-        validate(start)
-        save("last.pt", start)
-
-    # ---- the loop ----
-    class_weights = torch.tensor(CLASS_WEIGHTS, device=device) if args.class_weights else None
-    sampler = EndlessSampler(len(train_set), args.seed, rank, world_size, start * global_batch)
-    loader = DataLoader(
-        train_set,
-        args.batch_size,
-        sampler=sampler,
-        num_workers=args.workers,
-        pin_memory=accelerator.has_own_memory,
-        worker_init_fn=leave_signals_to_parent,
-    )
-    batches = iter(loader)
-    bar = tqdm(total=args.iters, initial=start, unit="it", disable=None if is_main else True, smoothing=0.05)
-    timed, since, waited = start, time.perf_counter(), 0.0
-    stop, stopping = Stop(), False
-    model.train()
-    for iteration in range(start + 1, args.iters + 1):
-        asked = accelerator.any(stop.signal or accelerator.is_orphan())
-        # dropout draws from seed, iteration and rank alone, so that no generator's state need be kept
-        torch.manual_seed(random.Random(f"{args.seed} {iteration} {rank}").getrandbits(63))
-        lr = poly_lr(args.lr, iteration - 1, args.iters, args.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for batch_of_step in range(args.accumulate):
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            photo, label, colour = (x.to(device, non_blocking=True) for x in batch)
-            image = to_input(photo, colour).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-            ddp_model.require_backward_grad_sync = (
-                batch_of_step == args.accumulate - 1
-            )  # DDP: processes meet once a step
-            with accelerator.autocast(amp):
-                outputs = ddp_model(image)  # logits and region logits, (B, K, H, W) each
-            loss, parts = ocr_loss(outputs, label.long(), class_weights, args.ohem)
-            del outputs  # the largest maps there are; the backward pass needs them no more
-            scaler.scale(loss / args.accumulate).backward()
-            losses += torch.cat([loss.detach()[None], parts]) / args.accumulate
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        bar.update()
-
-        stopping = asked.item() > 0
-        validating = must_validate(iteration)
-        logging = iteration == args.iters or iteration % args.log_every == 0
-        saving = validating or stopping or iteration % args.save_every == 0
-        if logging or saving:
-            mean = (accelerator.gather(losses).mean(0) / (iteration - logged)).tolist()
-            if not math.isfinite(mean[0]):
-                raise InputError(
-                    f"the loss became {mean[0]} in iterations {logged + 1} to {iteration}; nothing was saved since: "
-                    f"try a lower --lr (it is {args.lr})" + (", or --no-amp" if amp else "")
-                )
-        if logging:
-            seconds = time.perf_counter() - since
-            speed, waiting = (iteration - timed) * global_batch / seconds, waited / seconds
-            entry = {"split": "train", "iter": iteration, "loss": mean[0], "loss_final": mean[1]}
-            log({**entry, "loss_regions": mean[2], "lr": lr, "images_per_s": speed, "waiting_for_data": waiting})
-            bar.set_postfix_str(f"loss {mean[0]:.4f}, lr {lr:.2e}, {speed:.1f} images/s, {waiting:.0%} waiting")
-            if bar.disable:
-                left = timedelta(seconds=round((args.iters - iteration) * global_batch / speed))
-                numbers = f"loss {mean[0]:.4f}  lr {lr:.2e}  {speed:.1f} images/s  {waiting:.0%} waiting for data"
-                say(f"iter {iteration}/{args.iters}  {numbers}  {left} left")
-            losses.zero_()
-            logged = timed = iteration
-            since, waited = time.perf_counter(), 0.0
-        if saving:
-            before = time.perf_counter()
-            save("last.pt", iteration)
-            if validating and not stopping:
-                validate(iteration)
-                save("last.pt", iteration)
-            since += time.perf_counter() - before  # the speed is training's
-        if stopping:
-            break
-    bar.close()
-
-    # ---- what came of it ----
-    accelerator.barrier()  # the others wait until all is written
-    if stopping:
-        name = stop.signal.name if stop.signal else "a signal to another process"
-        say(f"stopped by {name} after iteration {iteration}, which {last} holds: go on with --resume")
-    elif is_main:
-        draw_results(args.out, model, val_set, confusion, table, accelerator, amp)
+    accelerator.barrier()  # the other ranks wait until rank 0 has written everything
+    if stopped:
+        print0(f"stopped by {stopped.name} after iteration {state.iteration}: continue with --resume")
+    elif accelerator.is_main:
+        draw_run(args, state, data, accelerator)
         if args.demo:
-            labels = [map(read_label_tensor, samples) for samples in (train_samples, val_samples)]
-            baseline = row_baseline(*labels, len(table)).mean_iou()
-            miou = read_log(args.out).val[-1]["mIoU"]
-            say(f"mIoU {miou:.2%}; always the row's most frequent class, without looking at the photo: {baseline:.2%}")
-        highest = f" (mIoU {best:.2%} in best.pt)" if best > -math.inf else ""
-        say(f"wrote {args.out}/: {', '.join(sorted(path.name for path in args.out.iterdir()))}{highest}")
+            baseline = baseline_of(data.train.samples, data.val.samples, len(data.table)).mean_iou()
+            print0(f"without looking at the image, the most frequent class of each row has mIoU {baseline:.2%}")
+        names = ", ".join(sorted(path.name for path in args.output_dir.iterdir()))
+        print0(f"best mIoU {state.best_miou:.2%}; wrote {args.output_dir}/: {names}")
     accelerator.close()
-    if stopping:
-        sys.exit(128 + (stop.signal or signal.SIGTERM))  # as a shell says it: not done
+    if stopped:
+        sys.exit(128 + stopped)  # as shells report signals, so a scheduler can tell a stopped run from a finished one
 
 
 if __name__ == "__main__":

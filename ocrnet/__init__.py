@@ -1,1 +1,1 @@
-"""OCRNet (object-contextual representations on HRNet) for street scenes, in plain PyTorch."""
+"""OCRNet (object-contextual representations on HRNet) for semantic segmentation, in plain PyTorch."""

@@ -1,7 +1,7 @@
-"""--device sdaa|cuda|cpu: everything that differs between them, in one table.
+"""--device sdaa|cuda|cpu: everything that depends on the device.
 
-SDAA is Tecorigin's accelerator: ``import torch_sdaa`` adds the device "sdaa" and ``torch.sdaa`` to PyTorch, and its
-process-group backend is "tccl". Nothing outside this file asks which device it is.
+SDAA is Tecorigin's accelerator. ``import torch_sdaa`` adds the device "sdaa" and ``torch.sdaa`` to PyTorch; its process
+group backend is "tccl".
 """
 
 import importlib.util
@@ -15,47 +15,48 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
 
 from .errors import InputError
 from .sync_bn import convert_sync_bn
 
 
-class Kind(NamedTuple):
+class DeviceSpec(NamedTuple):
     backend: str  # of the process group
     amp_dtype: torch.dtype  # of autocast
-    amp: bool  # whether mixed precision is on unless told otherwise
-    plugin: str | None  # the package that brings the device
-    sync_bn: bool  # whether torch.nn.SyncBatchNorm works there
+    amp: bool  # default of --amp
+    plugin: str | None  # package that adds the device
+    sync_bn: bool  # whether torch.nn.SyncBatchNorm supports it
 
 
-# In order of preference. On a CPU mixed precision is off: without bf16 instructions it is several times slower.
-KINDS = {
-    "sdaa": Kind("tccl", torch.float16, True, "torch_sdaa", False),
-    "cuda": Kind("nccl", torch.float16, True, None, True),
-    "cpu": Kind("gloo", torch.bfloat16, False, None, False),
+# In order of preference. amp is off on CPUs: without bf16 instructions bf16 is several times slower than fp32.
+DEVICES = {
+    "sdaa": DeviceSpec("tccl", torch.float16, True, "torch_sdaa", False),
+    "cuda": DeviceSpec("nccl", torch.float16, True, None, True),
+    "cpu": DeviceSpec("gloo", torch.bfloat16, False, None, False),
 }
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def is_present(name: str) -> bool:
-    """Whether a device of this kind can be used here. Imports its plugin, which is what makes it known to PyTorch."""
+def is_available(name: str) -> bool:
+    """Whether a device of ``DEVICES`` can be used here. Imports its plugin."""
     if name == "cpu":
         return True
-    plugin = KINDS[name].plugin
+    plugin = DEVICES[name].plugin
     if plugin and importlib.util.find_spec(plugin):
         importlib.import_module(plugin)
     return hasattr(torch, name) and getattr(torch, name).is_available()
 
 
-def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of the store that belongs to the processes running now, whatever earlier ones left in the store.
+def isolated_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """The part of ``store`` that belongs to the processes of this start.
 
-    Since torch 2.5 torchrun keeps one store for all its restarts. A process started again finds there the address of
-    one that is dead, now and then before the new address, and waits for it in vain. So every process writes down a name
-    of its own, reads everybody's, and joins that list of names. A list that all have joined holds nobody dead: whoever
-    joins it has just found its own new name there.
+    Since torch 2.5 torchrun keeps one store over restarts, with the addresses of dead processes, and
+    TORCHELASTIC_RESTART_COUNT differs between hosts (https://github.com/pytorch/pytorch/issues/135712). Here each
+    process writes a new name, reads all names and joins that list. A list that all have joined has no dead process.
 
     Raises:
-        dist.DistError: not all came within the store's timeout.
+        dist.DistError: a process did not join within the store's timeout.
     """
     end = time.monotonic() + store.timeout.total_seconds()
     store.set(f"process {rank}", uuid.uuid4().hex)
@@ -66,32 +67,39 @@ def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
             return dist.PrefixStore(names, store)
         joined = names
         time.sleep(0.02)
-    raise dist.DistError("not all processes came to the start")
+    raise dist.DistError("not all processes joined")
 
 
 class Accelerator:
-    """This process's device and its place among the processes that torchrun started.
+    """The device of this process, and its place among the processes that torchrun started.
 
     Attributes:
         device: torch.device of this process.
         rank, world_size: 0 and 1 without torchrun.
-        kind: its line of ``KINDS``.
+        spec: of ``DEVICES``.
+        amp, amp_dtype: whether autocast is on, and its type.
 
     Args:
-        name: of ``KINDS``; None for the first that is there.
-        timeout: seconds that a process waits for another one before it gives up.
+        name: of ``DEVICES``. None for the first that is available.
+        amp: mixed precision. None for the device's default.
+        amp_dtype: "fp16" or "bf16". None for the device's default.
+        timeout: seconds to wait for another process.
 
     Raises:
-        InputError: the device was asked for and is not there, or there are fewer of it than processes on this host.
+        InputError: the device is not available, or this host has fewer of them than processes.
     """
 
-    def __init__(self, name: str | None = None, timeout: float = 600):
-        if name is None:
-            name = next(kind for kind in KINDS if is_present(kind))
-        elif not is_present(name):
-            present = ", ".join(kind for kind in KINDS if is_present(kind))
-            raise InputError(f"--device {name}: not there: expected one of {present}, or leave --device out")
-        self.kind = KINDS[name]
+    def __init__(
+        self, name: str | None = None, amp: bool | None = None, amp_dtype: str | None = None, timeout: float = 600
+    ):
+        available = [other for other in DEVICES if name in (None, other) and is_available(other)]
+        if not available:
+            expected = ", ".join(filter(is_available, DEVICES))
+            raise InputError(f"--device {name}: expected one of {expected}, or no --device")
+        name = available[0]
+        self.spec = DEVICES[name]
+        self.amp = self.spec.amp if amp is None else amp
+        self.amp_dtype = AMP_DTYPES[amp_dtype] if amp_dtype else self.spec.amp_dtype
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.parent = os.getppid()
@@ -102,87 +110,74 @@ class Accelerator:
         else:
             count = self.module.device_count()
             if local_rank >= count:
-                raise InputError(
-                    f"--device {name}: process {local_rank} of this host has no card: there are {count}: start as many"
-                )
+                raise InputError(f"--device {name}: expected at most {count} processes on this host, one per device")
             self.device = torch.device(name, local_rank)
-            self.module.set_device(local_rank)  # before the process group: tccl refuses otherwise
-        if "RANK" in os.environ:  # under torchrun, be it with one process
+            self.module.set_device(local_rank)  # before the process group, as tccl requires
+        if "RANK" in os.environ:  # started by torchrun, also with one process
             limit = timedelta(seconds=timeout)
-            store, rank, world_size = next(rendezvous("env://", timeout=limit))
-            dist.init_process_group(
-                self.kind.backend, store=meet(store, rank, world_size), rank=rank, world_size=world_size, timeout=limit
-            )
+            store, rank, size = next(rendezvous("env://", timeout=limit))
+            store = isolated_store(store, rank, size)
+            dist.init_process_group(self.spec.backend, store=store, rank=rank, world_size=size, timeout=limit)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
-    @property
-    def has_own_memory(self) -> bool:
-        """Whether batches are copied to the device, which is faster from pinned memory."""
-        return self.device.type != "cpu"
+    def print0(self, text: str) -> None:
+        """Print on rank 0, above the progress bar."""
+        if self.is_main:
+            tqdm.write(text)
 
-    def autocast(self, enabled: bool) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.kind.amp_dtype, enabled=enabled)
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp)
 
-    def grad_scaler(self, enabled: bool) -> torch.amp.GradScaler:
-        """Loss scaling for fp16, whose small gradients would vanish; without effect for anything else."""
-        enabled = enabled and self.kind.amp_dtype == torch.float16
-        if self.kind.plugin:
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which fp16 needs as small gradients would become 0. Disabled for other types."""
+        enabled = self.amp and self.amp_dtype == torch.float16
+        if self.spec.plugin:
             return self.module.amp.GradScaler(enabled=enabled)
         return torch.amp.GradScaler(self.device.type, enabled=enabled)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model for the training step: under torchrun one whose gradients are means over all processes."""
+    def wrap_ddp(self, model: nn.Module) -> nn.Module:
+        """The model in DistributedDataParallel, under torchrun."""
         if not dist.is_initialized():
             return model
         device_ids = None if self.device.type == "cpu" else [self.device.index]
         return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 
-    def sync_bn(self, model: nn.Module) -> nn.Module:
-        """The model with BatchNorm over all processes' images: PyTorch's own where the device has it."""
+    def convert_sync_bn(self, model: nn.Module) -> nn.Module:
+        """The model with synchronized BatchNorm, under torchrun: PyTorch's where the device supports it."""
         if not dist.is_initialized():
             return model
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.kind.sync_bn else convert_sync_bn(model)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.spec.sync_bn else convert_sync_bn(model)
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        if dist.is_initialized():
-            dist.all_reduce(torch.zeros(1, device=self.device))
+        self.sum(torch.zeros(1, device=self.device))
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The tensors (...) of all processes, by rank: (R, ...), the same on each."""
-        rows = x.new_zeros(self.world_size, *x.shape)
-        rows[self.rank] = x
-        if dist.is_initialized():
-            dist.all_reduce(rows)  # of zeros but for one's own: every process group has all_reduce
-        return rows
-
-    def any(self, flag: object) -> torch.Tensor:
-        """A tensor above 0 if any process's flag is true. Reading it waits for the card, so read it late."""
-        x = torch.full((), float(bool(flag)), device=self.device)
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of ``x`` over all processes, in place. Asynchronous on a device until it is read."""
         if dist.is_initialized():
             dist.all_reduce(x)
         return x
 
     def broadcast(self, value: object) -> object:
-        """What the first process has, be it tensors on the CPU or plain Python, on every process."""
+        """Rank 0's value: CPU tensors and plain Python."""
         values = [value]
         if dist.is_initialized():
             dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
     def is_orphan(self) -> bool:
-        """Whether torchrun, which started this process, is gone."""
+        """Whether the torchrun that started this process is gone."""
         return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
 
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
-            # Gloo's thread needs the interpreter to let go of the last tensor it summed. Destroying the group holds the
-            # interpreter and waits for that thread: without this pause a deadlock, now and then, in torch 2.4.
+            # Gloo's thread takes the GIL to release the last reduced tensor, while destroy_process_group holds the GIL
+            # and waits for that thread. Without the pause torch 2.4 sometimes deadlocks.
             time.sleep(0.2)
             dist.destroy_process_group()
 

@@ -1,70 +1,83 @@
-"""From photos to class maps, and from a data set to its score.
+"""Inference: class probabilities of images, and image files colored by class.
 
-Letters: B batch, K classes, H W a picture's size.
+Notation: B batch, K classes, H W an image's size. Raw images are uint8 RGB, 0 .. 255.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .data.cityscapes import leave_signals_to_parent
-from .data.transforms import to_input
+from .data.classes import ClassTable
+from .data.images import read_image, to_tensor
+from .data.transforms import preprocess
 from .device import Accelerator
-from .metrics import ConfusionMatrix, InstanceScore
+from .errors import InputError
+from .files import atomic_write
+
+Predict = Callable[[nn.Module, Tensor], Tensor]  # ``predict`` with its other arguments bound
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@torch.inference_mode()
+def forward_image(model: nn.Module, image: Tensor, accelerator: Accelerator) -> tuple[Tensor, ...]:
+    """Raw images (B, 3, H, W) -> the model's outputs (B, K, H, W), from one forward pass at their own size."""
+    image = preprocess(image.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+    with accelerator.autocast():
+        return model(image)
 
 
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    photo: Tensor,
+    image: Tensor,
     accelerator: Accelerator,
-    amp: bool = False,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     slide: tuple[int, int] | None = None,
     stride: tuple[int, int] | None = None,
 ) -> Tensor:
-    """uint8 photos (B, 3, H, W) of any size -> class probabilities (B, K, H, W), float32, on the device.
+    """Raw images (B, 3, H, W) of any size -> class probabilities (B, K, H, W), float32, on the device.
 
-    The model is used as it stands: call ``model.eval()`` first.
+    The model should be in evaluation mode.
 
     Args:
-        scales: the photo is seen at each of these sizes; the result is the mean of the softmaxes.
-        flip: and mirrored at each of them as well.
-        slide: (h, w), a window moved over the photo instead of showing it whole; overlaps take the mean of logits.
-        stride: (h, w) that the window moves; left out: two thirds of the window.
+        scales: multi-scale inference: the mean of the softmaxes over images resized by these factors.
+        flip: also average over horizontally flipped images.
+        slide: (h, w) of a sliding window. None for the whole image.
+        stride: (h, w) of the sliding window. None for 2/3 of the window.
     """
-    size = photo.shape[-2:]
-    image = to_input(photo.to(accelerator.device))
+    size = image.shape[-2:]
+    image = preprocess(image.to(accelerator.device))
     total = 0
     for scale in scales:
         scaled = image
         if scale != 1:
             new_size = [int(side * scale + 0.5) for side in size]
             scaled = F.interpolate(image, size=new_size, mode="bilinear", align_corners=False)
-        for mirrored in (False, True) if flip else (False,):
-            x = scaled.flip(3) if mirrored else scaled
+        for flipped in (False, True) if flip else (False,):
+            x = scaled.flip(3) if flipped else scaled
             x = x.contiguous(memory_format=torch.channels_last)
-            with accelerator.autocast(amp):
-                logits = sliding(model, x, slide, stride) if slide else model(x)[0]
-            logits = logits.float().flip(3) if mirrored else logits.float()
+            with accelerator.autocast():
+                logits = slide_inference(model, x, slide, stride) if slide else model(x)[0]
+            logits = logits.float().flip(3) if flipped else logits.float()
             if logits.shape[-2:] != size:
                 logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=model.align_corners)
             total = total + logits.softmax(dim=1)
     return total / (len(scales) * (2 if flip else 1))
 
 
-def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], stride: tuple[int, int] | None = None) -> Tensor:
-    """Logits (B, K, H, W) of an image (B, 3, H, W), seen through a window (h, w) at a time.
+def slide_inference(
+    model: nn.Module, image: Tensor, window: tuple[int, int], stride: tuple[int, int] | None = None
+) -> Tensor:
+    """Sliding window: normalized images (B, 3, H, W) -> the mean of the logits of all windows (h, w), (B, K, H, W).
 
-    The last window of a row or column is moved back to end at the border, as mmsegmentation does. A window as large as
-    the image is the whole image.
+    The last window of a row or column is shifted to end at the border, as in mmsegmentation.
     """
     stride = stride or tuple(max(side * 2 // 3, 1) for side in window)
     starts = []
@@ -83,80 +96,68 @@ def sliding(model: nn.Module, image: Tensor, window: tuple[int, int], stride: tu
     return total / counts
 
 
-def look(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool) -> tuple[Tensor, ...]:
-    """One photo, uint8 (3, H, W), seen once at its own size -> the model's outputs (1, K, H, W)."""
-    image = to_input(photo[None].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
-    with accelerator.autocast(amp):
-        return model(image)
+# ---- image files -----------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def segment(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool = False) -> list[np.ndarray]:
-    """One photo, uint8 (3, H, W), seen once at its own size -> classes (H, W) of each output, the final one first."""
-    return [logits[0].argmax(0).cpu().numpy() for logits in look(model, photo, accelerator, amp)]
+def list_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among ``paths``, and the images directly in the folders among them.
 
-
-class Explanation(NamedTuple):
-    """What OCRNet computes on its way for one photo; h w are the feature map's size, C its channels."""
-
-    m: Tensor  # (K, h, w) weights of the soft object regions: over the pixels each sums to one
-    f: Tensor  # (K, C) object region representations
-    w: Tensor  # (K, h, w) pixel-region relation: at each pixel it sums to one over the regions
-    coarse: Tensor  # (K, H, W) class probabilities of the first, coarse segmentation, which the regions come from
-    final: Tensor  # (K, H, W) class probabilities of the final one
-
-
-@torch.inference_mode()
-def explain(model: nn.Module, photo: Tensor, accelerator: Accelerator, amp: bool = False) -> Explanation:
-    """One photo, uint8 (3, H, W), seen once at its own size -> what the method computes on its way, float32."""
-    gather, attention = model.head.gather, model.head.attention
-    captured = []  # what goes through the gather: x, region logits at its size, f
-    hook = gather.register_forward_hook(lambda _, inputs, output: captured.extend((*inputs, output)))
-    logits, region_logits = look(model, photo, accelerator, amp)
-    hook.remove()
-    x, regions, f = captured
-    with accelerator.autocast(amp):
-        w = attention.relation(x, f).float().transpose(1, 2)  # (1, K, N)
-    m = gather.weights(regions)  # (1, K, N)
-    maps = [y[0].unflatten(1, regions.shape[-2:]).cpu() for y in (m, w)]
-    coarse, final = (y.float().softmax(dim=1)[0].cpu() for y in (region_logits, logits))
-    return Explanation(maps[0], f[0, :, :, 0].float().T.cpu(), maps[1], coarse, final)
-
-
-def score(
-    model: nn.Module,
-    dataset: Dataset,
-    num_classes: int,
-    accelerator: Accelerator,
-    workers: int = 0,
-    instances: InstanceScore | None = None,
-    predict: Callable[[nn.Module, Tensor, Accelerator], Tensor] = predict,
-) -> ConfusionMatrix:
-    """The confusion matrix of a data set of (photo, label), whole pictures, summed over all processes.
-
-    Process r of R takes pictures r, r + R, ...: each counts once, also where their number is no multiple of R. The
-    model must not be wrapped in DDP, whose forward would wait for processes that have one picture less.
-
-    Args:
-        instances: also updated, where the data set gives (photo, label, instances).
-        predict: how a photo is looked at, such as ``partial(predict, flip=True)``.
+    Raises:
+        InputError: a path does not exist, a folder has no images, or two images have one name.
     """
-    training = model.training
-    model.eval()
-    confusion = ConfusionMatrix(num_classes, accelerator.device)
-    shard = range(accelerator.rank, len(dataset), accelerator.world_size)
-    loader = DataLoader(
-        dataset, batch_size=1, sampler=shard, num_workers=workers, worker_init_fn=leave_signals_to_parent
-    )
-    quiet = True if not accelerator.is_main else None  # None: a bar where there is a terminal
-    for photo, label, *instance in tqdm(loader, desc="scoring", leave=False, disable=quiet):
-        label = label.to(accelerator.device)
-        prediction = predict(model, photo, accelerator).argmax(dim=1)
-        confusion.update(label, prediction)
-        if instances:
-            instances.update(instance[0].to(accelerator.device), prediction)
-    confusion.reduce()
-    if instances:
-        instances.reduce()
-    model.train(training)
-    return confusion
+    images: dict[str, Path] = {}
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not path.exists() or not inside:
+            raise InputError(f"--images {path}: expected a file, or a folder with {', '.join(IMAGE_SUFFIXES)}")
+        for image in inside:
+            if image.stem in images:
+                raise InputError(f"--images: {images[image.stem]} and {image} have one name: rename one")
+            images[image.stem] = image
+    return list(images.values())
+
+
+def rank_shard(items: Sequence, accelerator: Accelerator, description: str) -> Iterable:
+    """Every world_size-th item from this rank on, with a progress bar on rank 0."""
+    shard = items[accelerator.rank :: accelerator.world_size]
+    return tqdm(shard, desc=description, disable=None if accelerator.is_main else True)
+
+
+def predict_file(model: nn.Module, path: Path, predict: Predict) -> tuple[np.ndarray, np.ndarray]:
+    """An image file -> the image (H, W, 3) and its train ids (H, W), both uint8."""
+    image = read_image(path)
+    return np.asarray(image), predict(model, to_tensor(image)[None]).argmax(1)[0].byte().cpu().numpy()
+
+
+def overlay(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """The mean of an image and its class colors, all uint8 (H, W, 3)."""
+    return ((image.astype(np.uint16) + colors) // 2).astype(np.uint8)
+
+
+def save_png(image: np.ndarray, path: Path) -> None:
+    with atomic_write(path) as part:
+        Image.fromarray(image).save(part, format="PNG")
+
+
+def color_images(
+    model: nn.Module, paths: Sequence[Path], folder: Path, table: ClassTable, accelerator: Accelerator, predict: Predict
+) -> None:
+    """Write NAME.png (class colors) and NAME_overlay.png (mean of image and class colors) to ``folder``.
+
+    Raises:
+        InputError: an image is invalid, or would be overwritten.
+    """
+    images = list_images(paths)
+    targets = [folder / f"{path.stem}{suffix}.png" for path in images for suffix in ("", "_overlay")]
+    for target in targets:
+        if target.resolve() in [path.resolve() for path in images] or targets.count(target) > 1:
+            raise InputError(f"--save {folder}: would overwrite {target}: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in rank_shard(images, accelerator, "coloring"):
+        image, classes = predict_file(model, path, predict)
+        colors = table.palette[classes]  # (H, W, 3)
+        save_png(colors, folder / f"{path.stem}.png")
+        save_png(overlay(image, colors), folder / f"{path.stem}_overlay.png")
+    accelerator.print0(f"{len(images)} images: NAME.png and NAME_overlay.png in {folder}")

@@ -1,6 +1,6 @@
-"""What training minimises, and how fast.
+"""Losses.
 
-Letters: B batch, K classes, H W the crop's size, t an iteration, T their number.
+Notation: B batch, K classes, H W the crop's size.
 """
 
 from collections.abc import Sequence
@@ -9,75 +9,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data.classes import IGNORE
+from .data.classes import IGNORE_INDEX
 
-REGION_WEIGHT = 0.4  # of the soft object regions' loss (paper, section 4.2)
+AUX_LOSS_WEIGHT = 0.4  # of the auxiliary output, region_logits (paper, section 4.2)
 
 
-def pixel_loss(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy in fp32 or wider: logits (B, K, H, W), label (B, H, W) int64 -> the mean over *all* pixels.
+def per_pixel_cross_entropy(logits: Tensor, label: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """logits (B, K, H, W), label (B, H, W) int64 -> (B, H, W) in fp32 or wider, 0 for ignored pixels."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, label, class_weights, ignore_index=IGNORE_INDEX, reduction="none")
 
-    Ignored pixels count in the divisor, as in mmsegmentation: a crop of nothing else gives 0 rather than nan, and
-    processes whose crops have unequal shares of them still weigh the same. ``weight`` (K,) is of each class.
+
+def cross_entropy(logits: Tensor, label: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """The mean of ``per_pixel_cross_entropy`` over *all* pixels, ignored ones included.
+
+    As in mmsegmentation. A crop of ignored pixels gives 0 instead of nan, and processes whose crops have different
+    numbers of ignored pixels weigh the same.
     """
-    return losses_of_pixels(logits, label, weight).sum() / label.numel()
+    return per_pixel_cross_entropy(logits, label, class_weights).sum() / label.numel()
 
 
-def hard_pixel_loss(
-    logits: Tensor,
-    label: Tensor,
-    threshold: float,
-    min_kept: int = 131_072,
-    weight: Tensor | None = None,
+def ohem_cross_entropy(
+    logits: Tensor, label: Tensor, threshold: float, min_kept: int = 131_072, class_weights: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of the hard pixels alone (OHEM): the mean over those whose class got a probability < threshold.
+    """Online hard example mining: the mean over the pixels whose label has a probability below ``threshold``.
 
-    Where fewer than ``min_kept`` of the batch are that hard, the hardest ``min_kept`` count. The authors' HRNet-OCR has
-    threshold 0.9, mmsegmentation 0.7.
+    If less than ``min_kept`` pixels of the batch are that hard, the ``min_kept`` hardest count. The threshold is 0.9 in
+    the authors' HRNet-OCR and 0.7 in mmsegmentation.
     """
-    scored = label != IGNORE
+    valid = label != IGNORE_INDEX
     with torch.no_grad():
-        index = label.masked_fill(~scored, 0)[:, None]
-        probability = logits.float().softmax(dim=1).gather(1, index)[:, 0][scored]  # of the right class
+        index = label.masked_fill(~valid, 0)[:, None]  # (B, 1, H, W)
+        probability = logits.float().softmax(dim=1).gather(1, index)[:, 0][valid]  # of the label
         if probability.numel() > min_kept:
             threshold = max(threshold, float(probability.kthvalue(min_kept + 1)[0]))
         else:
             threshold = torch.inf
     hard = probability < threshold
-    return losses_of_pixels(logits, label, weight)[scored][hard].sum() / hard.sum().clamp(min=1)
-
-
-def losses_of_pixels(logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
-    """(B, H, W), 0 where the label is 255."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, label, weight, ignore_index=IGNORE, reduction="none")
+    return per_pixel_cross_entropy(logits, label, class_weights)[valid][hard].sum() / hard.sum().clamp(min=1)
 
 
 def ocr_loss(
-    outputs: Sequence[Tensor], label: Tensor, weight: Tensor | None = None, ohem: float | None = None
+    outputs: Sequence[Tensor], label: Tensor, class_weights: Tensor | None = None, ohem: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the final segmentation + 0.4 of the soft object regions.
-
-    -> the loss to minimise, and its parts (final, regions) without gradient; the latter is 0 where there are none.
+    """final loss + 0.4 * auxiliary loss.
 
     Args:
-        outputs: logits and, but for FCNHead, region logits (B, K, H, W).
+        outputs: logits and, except with FCNHead, region_logits, (B, K, H, W) each.
         label: (B, H, W) int64.
-        weight: of each class (K,).
-        ohem: in the final segmentation's loss count only pixels that are this hard; see ``hard_pixel_loss``.
+        class_weights: (K,).
+        ohem: threshold of ``ohem_cross_entropy`` for the final loss. None for ``cross_entropy``.
+
+    Returns:
+        The loss, and its detached parts (final, auxiliary). The latter is 0 with FCNHead.
     """
-    logits, *region_logits = outputs  # of which FCNHead has none
-    final = pixel_loss(logits, label, weight) if ohem is None else hard_pixel_loss(logits, label, ohem, weight=weight)
-    regions = pixel_loss(region_logits[0], label, weight) if region_logits else torch.zeros_like(final)
-    return final + REGION_WEIGHT * regions, torch.stack([final.detach(), regions.detach()])
-
-
-def poly_lr(lr: float, t: int, T: int, min_lr: float = 1e-4) -> float:
-    """Learning rate of iteration t = 0 .. T - 1: ``lr`` in the first, ``min_lr`` in the last.
-
-    As mmengine's PolyLR, whose decay is over T - 1 steps. The paper's ends at 0.
-
-    >>> [round(poly_lr(0.01, t, T=40_000), 5) for t in (0, 20_000, 39_999)]
-    [0.01, 0.00541, 0.0001]
-    """
-    return (lr - min_lr) * (1 - t / max(T - 1, 1)) ** 0.9 + min_lr
+    logits, *region_logits = outputs
+    if ohem is None:
+        final_loss = cross_entropy(logits, label, class_weights)
+    else:
+        final_loss = ohem_cross_entropy(logits, label, ohem, class_weights=class_weights)
+    aux_loss = cross_entropy(region_logits[0], label, class_weights) if region_logits else final_loss.new_zeros(())
+    return final_loss + AUX_LOSS_WEIGHT * aux_loss, torch.stack([final_loss, aux_loss]).detach()

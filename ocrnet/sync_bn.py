@@ -1,22 +1,19 @@
 """BatchNorm over the images of all processes, on any backend.
 
-A crop of 512x1024 leaves room for one or two images a card, too few for a mean and a variance worth having.
-Synchronised BatchNorm takes both over the images of all cards, so that R processes of batch b compute what one process
-of batch R * b does. PyTorch's own (torch.nn.SyncBatchNorm) has kernels for CUDA alone; this one is made of ordinary
-operations and of all_reduce, which every process group has.
+A device holds one or two 512x1024 crops, too few for BatchNorm's statistics. Synchronized BatchNorm computes them over
+all processes, so R processes with batch size b are equivalent to one process with batch size R * b.
+torch.nn.SyncBatchNorm has CUDA kernels only; this version uses ordinary operations and all_reduce.
 
-With n values a channel over all processes, mean mu and variance s^2, and x^ = (x - mu) / sqrt(s^2 + eps):
+With n values per channel over all processes, mean mu and variance s^2, and x^ = (x - mu) / sqrt(s^2 + eps):
 
     forward     y  = gamma x^ + beta
     backward    dx = gamma / sqrt(s^2 + eps) * (dy - sum(dy) / n - x^ sum(dy x^) / n)
 
-Both mu and s^2, and both sums of the backward, are over all processes: one all_reduce each way. The gradients of gamma
-and beta are left local, as those of every other parameter are: DDP takes their mean.
+mu, s^2 and both sums of the backward pass are over all processes: one all_reduce each way. The gradients of gamma and
+beta stay local, as those of every parameter: DDP averages them. Each pass over x is one of PyTorch's BatchNorm kernels,
+which are several times faster than elementwise operations.
 
-Every pass over x is one of PyTorch's own BatchNorm kernels, which are several times as fast as the same formula in
-elementwise operations.
-
-Letters: B batch, C channels, H W size, R processes, n values a channel over all processes.
+Notation: B batch, C channels, H W size, R processes, n values per channel over all processes.
 """
 
 import torch
@@ -44,7 +41,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         means, variances, counts = rows.split([C, C, 1], dim=1)  # (R, C), (R, C), (R, 1)
         n = counts.sum()
         mean = (counts * means).sum(0) / n
-        var = (counts * (variances + (means - mean) ** 2)).sum(0) / n  # within processes, and between them
+        var = (counts * (variances + (means - mean) ** 2)).sum(0) / n  # within and between processes
         ctx.save_for_backward(x, weight, mean, var, n)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, n)
@@ -53,19 +50,19 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
         x, weight, mean, var, n = ctx.saved_tensors
-        # as if mean and variance were constants: dx = gamma / sqrt(s^2 + eps) * dy, sum(dy x^), sum(dy)
+        # with mean and variance as constants: dx = gamma / sqrt(s^2 + eps) * dy, sum(dy x^), sum(dy)
         dx, dy_x_hat, sum_dy = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack([sum_dy, dy_x_hat])
         dist.all_reduce(sums)
-        # the other two terms are -(a x^ + b): a batch norm of x with another gamma and beta
+        # the other two terms are -(a x^ + b), a batch norm of x with other gamma and beta
         b, a = sums / n * weight * (var + ctx.eps).rsqrt()
         return dx - batch_norm(x, mean, var, a, b, ctx.eps), dy_x_hat, sum_dy, None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d over the images of all processes in training; the same parameters, buffers and state_dict.
+    """nn.BatchNorm2d whose training statistics are over all processes. Its state_dict is the same.
 
     (B, C, H, W) -> (B, C, H, W). B, H and W may differ between processes. In evaluation, and in a single process, it is
     nn.BatchNorm2d.
@@ -83,7 +80,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_sync_bn(model: nn.Module) -> nn.Module:
-    """Turn every nn.BatchNorm2d of the model, in place, into a SyncBatchNorm2d; weights and buffers stay the same."""
+    """Turn every nn.BatchNorm2d of the model into a SyncBatchNorm2d, in place."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d  # the same data, another forward

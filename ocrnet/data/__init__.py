@@ -1,1 +1,1 @@
-"""Files in, uint8 tensors out. Knows nothing of models or devices."""
+"""From files to uint8 tensors. Independent of models and devices."""

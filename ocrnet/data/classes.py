@@ -1,7 +1,6 @@
-"""What the ids of a data set mean: Cityscapes' table of labels, or the data set's own.
+"""The classes of a data set: Cityscapes' table, or the data set's own classes.json.
 
-A data set that has a file ROOT/classes.json is read by that, without any change of the code: a list with an object for
-each value that its annotations take,
+To train on other classes, write ROOT/classes.json; no code changes. It is a list with one object per annotation value:
 
     [
         {"name": "road",     "id": 1, "train_id": 0,   "color": [128, 64, 128], "category": "ground"},
@@ -10,14 +9,14 @@ each value that its annotations take,
         {"name": "bonnet",   "id": 9, "train_id": 255, "color": [0, 0, 0]}
     ]
 
-    name       what _polygons.json calls it
-    id         its value in _labelIds.png, 0 .. 254; -1: it has none and is not drawn, as Cityscapes' license plates
-    train_id   the class that the network learns, 0 .. K-1; labels of one train id are one class, with name, id, color
-               and category of the first; 255: not scored
+    name       its name in _polygons.json
+    id         its value in _labelIds.png, 0 .. 254; -1 for labels that have none and are not drawn (license plates)
+    train_id   the class that the network learns, 0 .. K-1, or 255 for ignored pixels. Labels with the same train_id are
+               one class, with name, id, color and category of the first
     color      red, green, blue, 0 .. 255
-    category   a group of classes that is also scored as one; left out: one of its own, called as the label
+    category   optional: a group of classes that is also scored as one. Default: the name
 
-Letters: K classes.
+Notation: K classes.
 """
 
 import json
@@ -29,11 +28,11 @@ import numpy as np
 
 from ..errors import InputError
 
-IGNORE = 255  # the train id of everything that is not scored
+IGNORE_INDEX = 255  # the train id of pixels that neither loss nor score counts
 
 
 class Label(NamedTuple):
-    """A row of the table; see above."""
+    """A row of classes.json."""
 
     name: str
     id: int
@@ -53,13 +52,13 @@ class ClassTable:
     def __init__(self, labels: Sequence[Label]):
         self.labels = list(labels)
         self.by_name = {label.name: label for label in self.labels}
-        self.train_id_of = np.full(256, IGNORE, np.uint8)  # label id -> train id
-        self.palette = np.zeros((256, 3), np.uint8)  # train id -> color; black where not scored
+        self.train_id_of = np.full(256, IGNORE_INDEX, np.uint8)  # label id -> train id
+        self.palette = np.zeros((256, 3), np.uint8)  # train id -> color; black for ignored pixels
         first = {}  # train id -> label
         for label in self.labels:
             if label.id >= 0:
                 self.train_id_of[label.id] = label.train_id
-            if label.train_id != IGNORE:
+            if label.train_id != IGNORE_INDEX:
                 first.setdefault(label.train_id, label)
         classes = [first[k] for k in sorted(first)]
         self.palette[: len(classes)] = [label.color for label in classes]
@@ -73,50 +72,47 @@ class ClassTable:
         return len(self.names)
 
     def rows(self) -> list[dict]:
-        """The table in the form of classes.json, which checkpoints keep."""
+        """The table as in classes.json. Checkpoints store it."""
         return [label._asdict() for label in self.labels]
 
     @classmethod
     def from_rows(cls, rows: Any, source: str) -> "ClassTable":
-        """The table that ``rows`` describe in the form of classes.json. ``source`` is for the messages.
+        """The table from ``rows`` as in classes.json. ``source`` names their file in errors.
 
         Raises:
-            InputError: they are of another form, a name or id comes twice, or the train ids are not 0 .. K-1.
+            InputError: a row is malformed, a name or id is repeated, or the train ids are not 0 .. K-1.
         """
         form = 'expected objects like {"name": "road", "id": 7, "train_id": 0, "color": [128, 64, 128]} in a list'
         labels: list[Label] = []
         for row in rows if isinstance(rows, list) else [rows]:
+            found = f"{source}: found {json.dumps(row)}"
             try:
                 label = Label(**{"category": row["name"], **row, "color": tuple(row["color"])})
             except (TypeError, KeyError):
-                raise InputError(f"{source}: {json.dumps(row)}: {form}") from None
+                raise InputError(f"{found}: {form}") from None
             numbers = (label.id, label.train_id, *label.color)
-            words = isinstance(label.name, str) and isinstance(label.category, str)
-            whole = all(type(x) is int for x in numbers) and len(numbers) == 5
-            if (
-                not words
-                or not whole
-                or not -1 <= label.id < 255
-                or not 0 <= min(numbers[1:]) <= max(numbers[1:]) < 256
-            ):
-                raise InputError(f"{source}: {json.dumps(row)}: {form}, with an id below 255 and others up to 255")
-            if label.id < 0 and label.train_id != IGNORE:
-                raise InputError(f"{source}: {json.dumps(row)}: id -1 is for what is not scored: train_id {IGNORE}")
+            strings = isinstance(label.name, str) and isinstance(label.category, str)
+            if not (strings and len(numbers) == 5 and all(type(x) is int for x in numbers)):
+                raise InputError(f"{found}: {form}")
+            if not (-1 <= label.id < 255 and 0 <= min(numbers[1:]) <= max(numbers[1:]) < 256):
+                raise InputError(f"{found}: expected an id of -1 .. 254, and train_id and color of 0 .. 255")
+            if label.id < 0 and label.train_id != IGNORE_INDEX:
+                raise InputError(f"{found}: expected train_id {IGNORE_INDEX} where the id is -1")
             same = [other for other in labels if other.name == label.name or other.id == label.id >= 0]
             if same:
                 raise InputError(f"{source}: {label.name!r} and {same[0].name!r} have the same name or id")
             labels.append(label)
-        train_ids = sorted({label.train_id for label in labels} - {IGNORE})
+        train_ids = sorted({label.train_id for label in labels} - {IGNORE_INDEX})
         if len(train_ids) < 2 or train_ids != list(range(len(train_ids))):
-            raise InputError(f"{source}: train ids {train_ids}: expected 0, 1 and so on without a gap, two or more")
+            raise InputError(f"{source}: expected two or more train ids 0, 1, ... without a gap, found {train_ids}")
         return cls(labels)
 
 
 def read_classes(root: Path) -> ClassTable:
-    """The table of the data set under ``root``: its classes.json, or without one Cityscapes'.
+    """The classes of the data set under ``root``: its classes.json, or Cityscapes' without one.
 
     Raises:
-        InputError: as ``ClassTable.from_rows``, or the file is not JSON.
+        InputError: the file is not JSON; and as ``ClassTable.from_rows``.
     """
     path = Path(root) / "classes.json"
     if not path.exists():
@@ -124,11 +120,11 @@ def read_classes(root: Path) -> ClassTable:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+        raise InputError(f"{path}: expected JSON ({error})") from None
     return ClassTable.from_rows(rows, str(path))
 
 
-# The table is the data set's own (cityscapesScripts, helpers/labels.py).
+# From cityscapesScripts, helpers/labels.py.
 CITYSCAPES = ClassTable(
     [
         Label("unlabeled", 0, 255, "void", (0, 0, 0)),
@@ -169,20 +165,8 @@ CITYSCAPES = ClassTable(
     ]
 )
 
-# What the authors' HRNet-OCR weighs each class's loss with.
+# Cityscapes' class weights in the loss of the authors' HRNet-OCR.
 CLASS_WEIGHTS = [
     0.8373, 0.9180, 0.8660, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,
     0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507,
 ]  # fmt: skip
-
-# Pixels of the average instance in the training set (cityscapesScripts, evalPixelLevelSemanticLabeling).
-AVERAGE_INSTANCE = {
-    "person": 3462.4756337644,
-    "rider": 3930.4788056518,
-    "car": 12794.0202738185,
-    "truck": 27855.1264367816,
-    "bus": 35732.1511111111,
-    "train": 67583.7075812274,
-    "motorcycle": 6298.7200839748,
-    "bicycle": 4672.3249222261,
-}

@@ -1,36 +1,37 @@
-"""Generated street scenes in Cityscapes' own layout: something to train on where there is no data set.
+"""Generated street scenes in Cityscapes' layout: data to train on where there is no data set.
 
-A scene is a list of flat pieces in a world of metres, each with a Cityscapes label, painted from far to near through a
-pinhole camera. Photo and ``_polygons.json`` come from the same pieces, so the labels are exact, and the labels go
-through the same preparation as real ones. Some pieces are there for that alone: "persongroup", a deleted object,
-licence plates, an ego vehicle.
+A scene is a list of flat pieces in a world of meters, each with a Cityscapes label, painted from far to near through a
+pinhole camera. Image and ``_polygons.json`` come from the same pieces, so the labels are exact, and train ids are made
+from them as from real annotations. "persongroup", a deleted object, license plates and an ego vehicle are there to
+exercise that step.
 
-What a thing is cannot be told from its colour: road, sidewalk, building, wall and fence are drawn from the same greys,
-vehicles, signs and clothes from the same paints. Shape, texture, place and neighbours tell.
+Color does not determine the class: road, sidewalk, building, wall and fence share their grays, and vehicles, signs and
+clothes share their paints. Shape, texture, position and context do.
 
-The world: X to the right, Y up from the ground, Z away from the camera, in metres. Letters: H W the picture's size.
+World: X to the right, Y up from the ground, Z away from the camera, in meters. Notation: H W the image's size.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .cityscapes import for_each, write_whole
+from ..files import atomic_write, parallel_map
 
-SIZE = (128, 256)  # H, W of a picture
-SPLITS = {"train": 240, "val": 60}  # pictures
-SUPERSAMPLING = 2  # photos are painted at twice their size and reduced
-NEAR = 1.5  # metres: nothing closer is drawn
+SIZE = (128, 256)  # H, W of an image
+SPLITS = {"train": 240, "val": 60}  # images
+SUPERSAMPLING = 2  # images are painted at twice their size and reduced
+NEAR = 1.5  # meters; nothing closer is drawn
 
 Point = tuple[float, float, float]
 Texture = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two world coordinates -> brightness factor, about 1
 
 
-# ---- textures: brightness over two coordinates in metres -------------------------------------------------------------
+# ---- textures: brightness over two coordinates in meters -------------------------------------------------------------
 
 
 def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarray:
@@ -80,23 +81,23 @@ def spokes(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # bicycle
 
 
 class Scene:
-    """A picture being painted and the annotation that grows with it."""
+    """An image being painted, and its annotation."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int] = SIZE):
         self.rng = rng
         self.height, self.width = size
         self.objects: list[dict] = []
         self.focal = self.width * rng.uniform(0.75, 1.0)
-        self.eye = rng.uniform(1.3, 2.0)  # the camera's height above the ground, metres
+        self.eye = rng.uniform(1.3, 2.0)  # the camera's height above the ground, meters
         self.center = self.width * rng.uniform(0.4, 0.6)
         self.horizon = self.height * rng.uniform(0.36, 0.5)
-        self.haze = rng.uniform(0.002, 0.008)  # a metre
+        self.haze = rng.uniform(0.002, 0.008)  # a meter
         sky = [(150, 185, 225), (200, 205, 210), (225, 205, 185)][rng.integers(3)]
         self.sky = np.array(sky) * rng.uniform(0.7, 1.0)
         self.sun = rng.choice([-1, 1])  # the side of the street that is lit
         rows, columns = np.mgrid[: SUPERSAMPLING * self.height, : SUPERSAMPLING * self.width]
         self.x, self.y = (columns + 0.5) / SUPERSAMPLING, (rows + 0.5) / SUPERSAMPLING
-        self.photo = np.zeros((*self.x.shape, 3), np.float32)
+        self.image = np.zeros((*self.x.shape, 3), np.float32)
         self.cloud = smooth_noise(rng, self.x.shape)
         self.grain = rng.standard_normal(self.x.shape).astype(np.float32)
 
@@ -122,10 +123,10 @@ class Scene:
         patches: float = 0.08,
         deleted: bool = False,
     ) -> None:
-        """Paint one flat piece; its plane is read off its points (all at one depth, on one side, or on the ground).
+        """Paint one flat piece. Its plane follows from its points (one depth, one side, or the ground).
 
-        Without a label it is a detail of what is already there. ``roughness`` and ``patches`` are the strengths of the
-        fine and the coarse noise.
+        A piece without a label is a detail of an object below. ``roughness`` and ``patches`` scale the fine and the
+        coarse noise.
         """
         polygon = [self.project(point) for point in points]
         if label:
@@ -145,12 +146,12 @@ class Scene:
         a, b, depth = self.world(points, self.x[area][inside], self.y[area][inside])
         shade = texture(a, b) + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
         fog = np.exp(-self.haze * depth)[:, None]
-        self.photo[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
+        self.image[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
 
     def world(self, points: Sequence[Point], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Pixels of a piece -> two coordinates in its plane and the depth, all in metres."""
+        """Pixels of a piece -> two coordinates in its plane and the depth, all in meters."""
         xs, ys, zs = zip(*points)
-        right, down = (x - self.center) / self.focal, (y - self.horizon) / self.focal  # of a ray, a metre of depth
+        right, down = (x - self.center) / self.focal, (y - self.horizon) / self.focal  # of a ray, a meter of depth
         if max(zs) - min(zs) < 1e-6:  # faces the camera
             z = np.full_like(x, zs[0])
             return right * z - min(xs), self.eye - down * z, z
@@ -160,7 +161,7 @@ class Scene:
         z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
         return right * z, z, z
 
-    # label, color, texture and noise (roughness, patches) of these three are those of ``paint``; the rest is in metres
+    # label, color, texture and noise (roughness, patches) are those of ``paint``; the rest is in meters
 
     def front(self, label, x, y, width, height, z, color, texture=plain, **noise) -> None:
         """A rectangle that faces the camera, its lower left corner at (x, y, z)."""
@@ -177,11 +178,11 @@ class Scene:
         self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **noise)
 
     def finish(self) -> tuple[Image.Image, dict]:
-        """The photo, with the light, tint and noise of its camera, and the annotation."""
+        """The image, with the light, tint and noise of its camera, and the annotation."""
         gain = self.rng.uniform(0.7, 1.2) * self.rng.uniform(0.94, 1.06, 3)
-        photo = (self.photo * gain + 3 * self.grain[..., None]).clip(0, 255).astype(np.uint8)
-        photo = Image.fromarray(photo).reduce(SUPERSAMPLING)
-        return photo, {"imgHeight": self.height, "imgWidth": self.width, "objects": self.objects}
+        image = (self.image * gain + 3 * self.grain[..., None]).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(image).reduce(SUPERSAMPLING)
+        return image, {"imgHeight": self.height, "imgWidth": self.width, "objects": self.objects}
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -193,15 +194,15 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray
     return total
 
 
-# ---- what stands in a street -----------------------------------------------------------------------------------------
+# ---- objects of a street -----------------------------------------------------------------------------------------
 
 
-# red, blue, yellow, white, black, grey, green
+# red, blue, yellow, white, black, gray, green
 PAINTS = [(190, 40, 40), (40, 70, 170), (210, 180, 50), (225, 225, 225), (45, 45, 50), (120, 125, 130), (50, 120, 70)]
 
 
-def grey(rng: np.random.Generator) -> np.ndarray:
-    """One of the greys that road, sidewalk, building, wall and fence share."""
+def gray(rng: np.random.Generator) -> np.ndarray:
+    """One of the grays that road, sidewalk, building, wall and fence share."""
     return rng.uniform(80, 165) + rng.uniform(-12, 12, 3)
 
 
@@ -216,7 +217,7 @@ def vivid(rng: np.random.Generator) -> np.ndarray:
 
 
 def outline(points: Sequence[tuple[float, float]], x: float, z: float, flip: bool = False) -> list[Point]:
-    """Metres to the right of and above a foot point -> a silhouette that faces the camera at (x, 0, z)."""
+    """Meters to the right of and above a foot point -> a silhouette that faces the camera at (x, 0, z)."""
     return [(x + (-u if flip else u), v, z) for u, v in points]
 
 
@@ -300,7 +301,7 @@ def tree(scene: Scene, x: float, z: float) -> None:
 def pole(scene: Scene, x: float, z: float, carries: str) -> None:
     """A pole, alone or with a sign, a light or a lamp on it."""
     rng, height = scene.rng, scene.rng.uniform(2.8, 4.5)
-    scene.front("pole", x - 0.13, 0, 0.26, height, z, grey(rng) * 0.8)
+    scene.front("pole", x - 0.13, 0, 0.26, height, z, gray(rng) * 0.8)
     if carries == "traffic light":
         scene.front("traffic light", x - 0.25, height - 1.1, 0.5, 1.2, z, np.full(3, 40))
         lit = int(rng.integers(3))
@@ -313,7 +314,7 @@ def pole(scene: Scene, x: float, z: float, carries: str) -> None:
         scene.paint("traffic sign", outline(disc(0, height - 0.4, 0.7, corners), x, z), color)
         scene.paint(None, outline(disc(0, height - 0.4, 0.42, corners), x, z), np.full(3, 225))
     elif carries == "lamp":
-        scene.front("pole", x - 0.1, height, 0.9 if x < 0 else -0.7, 0.15, z, grey(rng) * 0.8)
+        scene.front("pole", x - 0.1, height, 0.9 if x < 0 else -0.7, 0.15, z, gray(rng) * 0.8)
 
 
 def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
@@ -321,20 +322,20 @@ def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
     rng = scene.rng
     light = 1.0 if x * scene.sun > 0 else 0.7
     if kind == "building":
-        height, color = rng.uniform(6, 16), grey(rng)
+        height, color = rng.uniform(6, 16), gray(rng)
         end = color * (1.7 - light)  # the end wall, lit when the front is not
         scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, end, windows)
         scene.side(kind, x, z, length, height, color * light, windows)
     elif kind == "wall":
-        scene.side(kind, x, z, length, rng.uniform(2.0, 3.6), grey(rng) * light, bricks)
+        scene.side(kind, x, z, length, rng.uniform(2.0, 3.6), gray(rng) * light, bricks)
     elif kind == "fence":
-        scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), grey(rng) * light, bars)
+        scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), gray(rng) * light, bars)
     elif kind == "hedge":
         scene.side("vegetation", x, z, length, rng.uniform(1.5, 5), green(rng) * light, roughness=0.2, patches=0.2)
 
 
 def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Image.Image, dict]:
-    """One scene: an RGB photo and its annotation, in the form of a ``_polygons.json``."""
+    """One scene: an RGB image and its annotation, in the form of a ``_polygons.json``."""
     scene = Scene(rng, size)
     half = rng.uniform(3.5, 6.0)  # of the road's width
     walk = rng.uniform(1.8, 3.2)  # width of a sidewalk
@@ -345,10 +346,10 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
     for x in np.arange(-160, 160, 20):  # what closes the view
         kind = rng.choice(["building", "vegetation", "none"])
         if kind != "none":
-            color = grey(rng) if kind == "building" else green(rng)
+            color = gray(rng) if kind == "building" else green(rng)
             scene.front(kind, x, 0, 24, rng.uniform(6, 20), 100.0, color, roughness=0.1)
 
-    ground = grey(rng)
+    ground = gray(rng)
     scene.ground("terrain", -300, 300, NEAR, 150, green(rng) * 1.1, roughness=0.12, patches=0.15)
     scene.ground("road", -half, half, NEAR, 150, ground, roughness=0.07)
     for side in (-1, 1):
@@ -399,7 +400,7 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
     if rng.random() < 0.3:
         x, z = rng.uniform(-half, half), rng.uniform(25, 40)
         person(scene, x, z, "persongroup")
-        scene.paint("car", outline(disc(0, 1, 1.5), x, z), grey(rng), deleted=True)
+        scene.paint("car", outline(disc(0, 1, 1.5), x, z), gray(rng), deleted=True)
     bonnet = rng.uniform(0.02, 0.08) * scene.height  # the car that carries the camera
     corners = [(0.1, 0.0), (0.9, 0.0), (0.75, bonnet), (0.25, bonnet)]
     points = [scene.at_pixel(x * scene.width, scene.height - y, NEAR) for x, y in corners]
@@ -411,29 +412,29 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
 
 
 def write_scene(root: Path, scene: tuple[str, int]) -> None:
-    """Write photo and annotation of one scene, which depends on split and index alone, unless they are there."""
+    """Write image and annotation of one scene, which depends only on split and index, unless they exist."""
     split, index = scene
     city = f"synth{split}"
     name = f"{city}_{index:06d}_000000"
-    photo_path = root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png"
+    image_path = root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png"
     annotation_path = root / "gtFine" / split / city / f"{name}_gtFine_polygons.json"
-    if photo_path.exists() and annotation_path.exists():
+    if image_path.exists() and annotation_path.exists():
         return
-    photo, annotation = street(np.random.default_rng([0, sorted(SPLITS).index(split), index]))
-    for path in (photo_path, annotation_path):
+    image, annotation = street(np.random.default_rng([0, sorted(SPLITS).index(split), index]))
+    for path in (image_path, annotation_path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(photo_path) as part:
-        photo.save(part, format="PNG")
-    with write_whole(annotation_path) as part:
+    with atomic_write(image_path) as part:
+        image.save(part, format="PNG")
+    with atomic_write(annotation_path) as part:
         part.write_text(json.dumps(annotation))
 
 
 def write_dataset(root: Path, splits: Mapping[str, int] = SPLITS, workers: int | None = None) -> None:
-    """Write a data set under ``root``, in Cityscapes' layout; what is there already stays.
+    """Write a data set in Cityscapes' layout under ``root``. Existing scenes are kept.
 
     Args:
-        splits: how many scenes in "train" and in "val".
-        workers: processes; None for one per core.
+        splits: number of scenes in "train" and "val".
+        workers: processes (None: one per core).
     """
     jobs = [(split, index) for split, count in splits.items() for index in range(count)]
-    for_each(partial(write_scene, root), jobs, workers, "drawing streets")
+    parallel_map(ProcessPoolExecutor(workers), partial(write_scene, root), jobs, "drawing streets")

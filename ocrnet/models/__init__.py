@@ -1,11 +1,12 @@
-"""The network: image in, two logit maps out. Knows nothing of data and devices; only weights.py reads files."""
+"""The network: image in, logits out. Independent of data and devices."""
 
 from .hrnet import HRNet
-from .ocr import ObjectAttention, OCRHead, SpatialGather
-from .ocrnet import HEADS, VARIANTS, FCNHead, OCRNet, build_model
+from .ocr import FCNHead, ObjectAttention, OCRHead, SpatialGather
+from .ocrnet import BACKBONES, HEADS, OCRNet, build_model
 from .weights import load_weights
 
 __all__ = [
+    "BACKBONES",
     "FCNHead",
     "HEADS",
     "HRNet",
@@ -13,7 +14,6 @@ __all__ = [
     "OCRNet",
     "ObjectAttention",
     "SpatialGather",
-    "VARIANTS",
     "build_model",
     "load_weights",
 ]

@@ -1,10 +1,11 @@
-"""Other people's weights: their tensors' names to ours, and a report of what came in.
+"""Loading weights of other projects: their tensor names mapped to ours.
 
-A file's source is recognised from its names. Known: this project's checkpoints, mmsegmentation's OCRNet, the authors'
-HRNet-OCR, an ImageNet HRNet and torchvision's ResNet, whose names the backbones share.
+Recognized by their names: checkpoints of this project, mmsegmentation's OCRNet, the authors' HRNet-OCR, an ImageNet
+HRNet and torchvision's ResNet. The backbones have the names of the last two.
 """
 
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,62 +15,40 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .ocrnet import HRNETS, RESNETS, OCRNet, build_model
+from .ocrnet import BACKBONES, OCRNet, build_model
 
-# Beginnings of names, theirs to ours; a name that begins with none of them stays.
+# Regular expressions at the start of a name -> our names. The first that matches is applied.
 MMSEGMENTATION = {
-    "decode_head.0.convs.0.conv.": "head.region_head.0.0.",
-    "decode_head.0.convs.0.bn.": "head.region_head.0.1.",
-    "decode_head.0.conv_seg.": "head.region_head.2.",
-    "decode_head.1.bottleneck.conv.": "head.pixel_head.0.",
-    "decode_head.1.bottleneck.bn.": "head.pixel_head.1.",
-    "decode_head.1.object_context_block.query_project.0.conv.": "head.attention.phi.0.0.",
-    "decode_head.1.object_context_block.query_project.0.bn.": "head.attention.phi.0.1.",
-    "decode_head.1.object_context_block.query_project.1.conv.": "head.attention.phi.1.0.",
-    "decode_head.1.object_context_block.query_project.1.bn.": "head.attention.phi.1.1.",
-    "decode_head.1.object_context_block.key_project.0.conv.": "head.attention.psi.0.0.",
-    "decode_head.1.object_context_block.key_project.0.bn.": "head.attention.psi.0.1.",
-    "decode_head.1.object_context_block.key_project.1.conv.": "head.attention.psi.1.0.",
-    "decode_head.1.object_context_block.key_project.1.bn.": "head.attention.psi.1.1.",
-    "decode_head.1.object_context_block.value_project.conv.": "head.attention.delta.0.",
-    "decode_head.1.object_context_block.value_project.bn.": "head.attention.delta.1.",
-    "decode_head.1.object_context_block.out_project.conv.": "head.attention.rho.0.",
-    "decode_head.1.object_context_block.out_project.bn.": "head.attention.rho.1.",
-    "decode_head.1.object_context_block.bottleneck.conv.": "head.g.0.",
-    "decode_head.1.object_context_block.bottleneck.bn.": "head.g.1.",
-    "decode_head.1.conv_seg.": "head.classifier.1.",
-    "backbone.stem.7.": "backbone.bn1.",  # ResNetV1c: the last BatchNorm of the deep stem
-    "backbone.stem.": "backbone.conv1.",
+    r"decode_head\.0\.convs\.0\.": "head.region_head.0.",
+    r"decode_head\.0\.conv_seg\.": "head.region_head.2.",
+    r"decode_head\.1\.bottleneck\.": "head.pixel_head.",
+    r"decode_head\.1\.object_context_block\.query_project\.": "head.attention.phi.",
+    r"decode_head\.1\.object_context_block\.key_project\.": "head.attention.psi.",
+    r"decode_head\.1\.object_context_block\.value_project\.": "head.attention.delta.",
+    r"decode_head\.1\.object_context_block\.out_project\.": "head.attention.rho.",
+    r"decode_head\.1\.object_context_block\.bottleneck\.": "head.g.",
+    r"decode_head\.1\.conv_seg\.": "head.classifier.1.",
+    r"backbone\.stem\.7\.": "backbone.bn1.",  # ResNetV1c: the last BatchNorm of the deep stem
+    r"backbone\.stem\.": "backbone.conv1.",
 }
 AUTHORS = {
-    "aux_head.0.": "head.region_head.0.0.",
-    "aux_head.1.": "head.region_head.0.1.",
-    "aux_head.3.": "head.region_head.2.",
-    "conv3x3_ocr.": "head.pixel_head.",
-    "ocr_distri_head.object_context_block.f_pixel.0.": "head.attention.phi.0.0.",
-    "ocr_distri_head.object_context_block.f_pixel.1.0.": "head.attention.phi.0.1.",
-    "ocr_distri_head.object_context_block.f_pixel.2.": "head.attention.phi.1.0.",
-    "ocr_distri_head.object_context_block.f_pixel.3.0.": "head.attention.phi.1.1.",
-    "ocr_distri_head.object_context_block.f_object.0.": "head.attention.psi.0.0.",
-    "ocr_distri_head.object_context_block.f_object.1.0.": "head.attention.psi.0.1.",
-    "ocr_distri_head.object_context_block.f_object.2.": "head.attention.psi.1.0.",
-    "ocr_distri_head.object_context_block.f_object.3.0.": "head.attention.psi.1.1.",
-    "ocr_distri_head.object_context_block.f_down.0.": "head.attention.delta.0.",
-    "ocr_distri_head.object_context_block.f_down.1.0.": "head.attention.delta.1.",
-    "ocr_distri_head.object_context_block.f_up.0.": "head.attention.rho.0.",
-    "ocr_distri_head.object_context_block.f_up.1.0.": "head.attention.rho.1.",
-    "ocr_distri_head.conv_bn_dropout.0.": "head.g.0.",
-    "ocr_distri_head.conv_bn_dropout.1.0.": "head.g.1.",
-    "cls_head.": "head.classifier.1.",
-    "": "backbone.",
+    r"aux_head\.([01])\.": r"head.region_head.0.\1.",
+    r"aux_head\.3\.": "head.region_head.2.",
+    r"conv3x3_ocr\.": "head.pixel_head.",
+    r"ocr_distri_head\.object_context_block\.f_pixel\.": "head.attention.phi.",
+    r"ocr_distri_head\.object_context_block\.f_object\.": "head.attention.psi.",
+    r"ocr_distri_head\.object_context_block\.f_down\.": "head.attention.delta.",
+    r"ocr_distri_head\.object_context_block\.f_up\.": "head.attention.rho.",
+    r"ocr_distri_head\.conv_bn_dropout\.": "head.g.",
+    r"cls_head\.": "head.classifier.1.",
+    r"": "backbone.",
 }
-BACKBONE = {"": "backbone."}  # an ImageNet HRNet, or torchvision's ResNet
+BACKBONE = {r"": "backbone."}  # an ImageNet HRNet, or torchvision's ResNet
 AUTHORS_DROPOUT = 0.05
 
 CLASSIFIERS = ("head.region_head.2.", "head.classifier.1.")
-
-# Tensors that are not of an OCRNet: ImageNet's classifiers, and the class weights of the authors' loss.
-NOT_OURS = ("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.", "fc.", "loss.")
+# ImageNet classifiers, and the class weights in the authors' loss
+IGNORED_PREFIXES = ("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.", "fc.", "loss.")
 
 
 class Report(NamedTuple):
@@ -78,43 +57,45 @@ class Report(NamedTuple):
     source: str
     loaded: list[str]  # our names
     ignored: list[str]  # the file's names
-    missing: list[str]  # our names: these kept what they were
+    missing: list[str]  # our names; these keep their initial values
 
     def __str__(self) -> str:
-        def some(names: list[str]) -> str:
-            return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+        def count(names: list[str], verb: str) -> str:
+            some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+            return f"{len(names)} {verb}{some}"
 
-        counts = f"{len(self.loaded)} tensors loaded from {self.source}"
-        ignored = f"{len(self.ignored)} ignored, for which the model has no place{some(self.ignored)}"
-        return f"{counts}; {ignored}; {len(self.missing)} missing, which keep their initial values{some(self.missing)}"
+        loaded = f"{len(self.loaded)} tensors loaded from {self.source}"
+        return f"{loaded}; {count(self.ignored, 'ignored')}; {count(self.missing, 'missing, which stay random')}"
 
 
 def read_file(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU, without running any code from it.
+    """The contents of a torch.save file, on the CPU, without running code from it.
 
     Raises:
-        InputError: there is no such file, or it is not one that can be read so.
+        InputError: the file is missing, damaged, or needs code to load.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # bytes of any other origin fail in any way
+    except Exception as error:  # damaged bytes raise many types
         hint = ""
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):  # such as mmengine's message hub
             command = f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'weights.pth')"
-            hint = (  # there are other objects beside the tensors, as mmengine's training history
-                "; if you trust its origin, keep its tensors alone, where the program that wrote it is installed: "
+            hint = (
+                "; if you trust its origin, keep only its tensors, where the program that wrote it is installed: "
                 f'python -c "import torch; {command}"'
             )
-        raise InputError(f"{path}: not a checkpoint that can be loaded safely ({type(error).__name__}){hint}") from None
+        raise InputError(
+            f"{path}: expected a file that loads with weights_only ({type(error).__name__}){hint}"
+        ) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The named tensors of a file.
 
     Raises:
-        InputError: it cannot be read, or there are none.
+        InputError: there are none; and as ``read_file``.
     """
     state = read_file(path)
     for key in ("model", "state_dict"):
@@ -122,34 +103,43 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             state = state[key]
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
-        raise InputError(f"{path}: no tensors in it: expected a dict of tensors")
+        raise InputError(f"{path}: expected a dict of tensors, found none")
     return {name.removeprefix("module.").removeprefix("model."): x for name, x in tensors.items()}
 
 
-def translate(tensors: dict[str, Tensor]) -> tuple[str, dict[str, str]]:
-    """-> where the tensors come from, and our name for each of theirs."""
-    if "head.classifier.1.weight" in tensors:
-        source, names = "this project", {}
-    elif "decode_head.1.conv_seg.weight" in tensors:
-        source, names = "mmsegmentation", MMSEGMENTATION
-    elif "cls_head.weight" in tensors:
-        source, names = "the authors' HRNet-OCR", AUTHORS
-    elif any(name.startswith("backbone.") for name in tensors):
-        source, names = "a backbone", {}
+def rename_keys(names: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """Return the source of tensors of these names, and our name for each."""
+    names = list(names)
+    if "head.classifier.1.weight" in names:
+        source, rules = "this project", {}
+    elif "decode_head.1.conv_seg.weight" in names:
+        source, rules = "mmsegmentation", MMSEGMENTATION
+    elif "cls_head.weight" in names:
+        source, rules = "the authors' HRNet-OCR", AUTHORS
+    elif any(name.startswith("backbone.") for name in names):
+        source, rules = "a backbone", {}
     else:
-        source, names = "an ImageNet backbone", BACKBONE
+        source, rules = "an ImageNet backbone", BACKBONE
 
-    def ours(name: str) -> str:
-        theirs = next((start for start in names if name.startswith(start)), "")
-        return names.get(theirs, "") + name[len(theirs) :]
+    def rename(name: str) -> str:
+        for pattern, ours in rules.items():
+            if re.match(pattern, name):
+                name = re.sub(pattern, ours, name, count=1)
+                break
+        if source == "mmsegmentation":  # ConvModule has conv and bn where our Sequential has 0 and 1
+            return re.sub(r"^(head\..*)\.bn\.", r"\1.1.", re.sub(r"^(head\..*)\.conv\.", r"\1.0.", name))
+        if source == "the authors' HRNet-OCR":  # Sequential(conv, Sequential(bn, relu), conv, ...)
+            name = re.sub(r"^(head\.(?:attention|g)\..*[13])\.0\.", r"\1.", name)
+            return re.sub(r"\.(phi|psi)\.([0-3])\.", lambda m: f".{m[1]}.{int(m[2]) // 2}.{int(m[2]) % 2}.", name)
+        return name
 
-    return source, {name: ours(name) for name in tensors}
+    return source, {name: rename(name) for name in names}
 
 
 def fold_biases(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the biases of convolutions whose BatchNorm follows, by moving that BatchNorm's running mean.
+    """Fold the bias of a convolution into the running mean of the BatchNorm after it, if our convolution has no bias.
 
-    (Wx + b - mean) / std = (Wx - (mean - b)) / std: exact. In training the batch's own mean takes a bias away anyway.
+    (Wx + b - mean) / std = (Wx - (mean - b)) / std. In training BatchNorm subtracts the bias anyway.
     """
     tensors = dict(tensors)
     for name in [name for name in tensors if name.endswith(".0.bias") and name not in own]:
@@ -159,104 +149,90 @@ def fold_biases(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str,
     return tensors
 
 
-def adapt(model: OCRNet, tensors: dict[str, Tensor], source: str) -> None:
-    """Bring what is no tensor in line with the weights: the resizing they were trained with, dropout, ResNet's stem."""
+def apply_source_settings(model: OCRNet, names: Iterable[str], source: str) -> None:
+    """Set what belongs to the weights but is not a tensor: align_corners and dropout, and ResNet's deep stem."""
     if source == "the authors' HRNet-OCR":
-        model.config.update(align_corners=True)
-        if model.config["dropout"] is None:  # not asked for otherwise
-            model.config.update(dropout=AUTHORS_DROPOUT)
-            model.head.classifier[0].p = AUTHORS_DROPOUT
-        for module in model.modules():
-            if hasattr(module, "align_corners"):
-                module.align_corners = True
-    if "backbone.conv1.6.weight" in tensors and model.config["name"] in RESNETS:
-        model.config.update(deep_stem=True)
+        model.config["align_corners"] = True
+        model.set_align_corners(True)
+        if model.config["dropout"] is None:  # not set by the user
+            model.config["dropout"] = model.head.classifier[0].p = AUTHORS_DROPOUT
+    if "backbone.conv1.6.weight" in names and hasattr(model.backbone, "use_deep_stem"):
+        model.config["deep_stem"] = True
         model.backbone.use_deep_stem()
 
 
 def load_weights(model: OCRNet, path: Path) -> Report:
-    """Load a file's tensors into the model, as far as it has a place for them.
+    """Load the tensors of a file into the model.
 
-    Takes checkpoints of this project, mmsegmentation's OCRNet, the authors' HRNet-OCR, an ImageNet HRNet and
-    torchvision's ResNet. What goes with the weights but is no tensor is set too, and kept in ``model.config``:
-    align_corners and dropout for the authors', the deep stem for mmsegmentation's ResNet. Classifiers of another number
-    of classes are left out.
+    Accepts checkpoints of this project, mmsegmentation's OCRNet, the authors' HRNet-OCR, an ImageNet HRNet and
+    torchvision's ResNet. See ``apply_source_settings`` for what else is set. Classifiers with another number of classes
+    are left out.
 
     Raises:
-        InputError: the file cannot be read safely, it is of another variant (a tensor's shape differs, or the model has
-            no place for it), or it holds under 95 % of the backbone's tensors, so that the model would stay random.
+        InputError: the file cannot be read, belongs to another model (a shape differs, or a tensor has no place in
+            this one), or holds less than 95 % of the backbone's tensors, which would leave the model random.
     """
     return load_tensors(model, read_tensors(path), path)
 
 
 def load_tensors(model: OCRNet, theirs: dict[str, Tensor], path: Path) -> Report:
-    """``load_weights`` of a file's tensors, once they are read. ``path`` is for the messages."""
-    source, names = translate(theirs)
+    """``load_weights`` after reading the file. ``path`` is for errors."""
+    source, names = rename_keys(theirs)
     tensors = {names[name]: x for name, x in theirs.items()}
-    head = head_of(tensors)
+    head, remedy = head_of(tensors), "set --model to that of the weights"
     if head not in (None, model.config["head"]):
-        raise InputError(
-            f"{path}: weights with head {head}: the model has {model.config['head']}: set --head to theirs"
-        )
-    adapt(model, tensors, source)
+        raise InputError(f"{path}: expected weights with head {model.config['head']}, found {head}: set --head {head}")
+    apply_source_settings(model, tensors, source)
     own = model.state_dict()
     tensors = fold_biases(tensors, own)
     others = [name for name in tensors if name.startswith(CLASSIFIERS) and len(tensors[name]) != len(own[name])]
-    for name in others:  # of other classes: learned anew
+    for name in others:  # classifiers of other classes
         del tensors[name]
     loaded = [name for name in tensors if name in own]
     backbone = [name for name in own if name.startswith("backbone.")]
     share = len(set(backbone) & set(loaded)) / len(backbone)
     if share < 0.95:
-        raise InputError(
-            f"{path}: holds {share:.0%} of the backbone's tensors: weights of another variant: set --model to theirs"
-        )
+        raise InputError(f"{path}: expected 95 % of the backbone's tensors or more, found {share:.0%}: {remedy}")
     for name in loaded:
         if tensors[name].shape != own[name].shape:
-            found, expected = tuple(tensors[name].shape), tuple(own[name].shape)
-            raise InputError(f"{path}: {name} is {found}, the model expects {expected}: set --model to theirs")
+            expected, found = tuple(own[name].shape), tuple(tensors[name].shape)
+            raise InputError(f"{path}: {name}: expected shape {expected}, found {found}: {remedy}")
     ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys() | set(others))
     for name in ignored:
-        if names[name] not in others and not name.removeprefix("backbone.").startswith(NOT_OURS):
-            raise InputError(
-                f"{path}: the model has no place for {name}: weights of another variant: set --model to theirs"
-            )
+        if names[name] not in others and not name.removeprefix("backbone.").startswith(IGNORED_PREFIXES):
+            raise InputError(f"{path}: found {name}, which the model does not have: {remedy}")
     model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     return Report(source, loaded, ignored, missing)
 
 
 def head_of(names: Iterable[str]) -> str | None:
-    """Which of ``HEADS`` tensors of these names are of, ours; None for a backbone alone."""
+    """The head, of ``HEADS``, that tensors of these names (ours) belong to. None for a backbone."""
     if "head.hidden.0.weight" in names:
         return "fcn"
     return "ocr" if "head.classifier.1.weight" in names else None
 
 
-def build_for(path: Path) -> OCRNet:
-    """The OCRNet that a file of weights is of, with those weights: variant and class count are read off the shapes.
+def build_from_checkpoint(path: Path) -> OCRNet:
+    """Build the OCRNet that a file of weights belongs to, with those weights. Backbone and K follow from the shapes.
 
     Raises:
-        InputError: as ``load_weights``, or the head's tensors are not in the file.
+        InputError: the head's tensors are missing, or no backbone fits; and as ``load_weights``.
     """
     theirs = read_tensors(path)
-    _, names = translate(theirs)
+    _, names = rename_keys(theirs)
     shapes = {names[name]: x.shape for name, x in theirs.items()}
     if head_of(shapes) is None:
-        raise InputError(
-            f"{path}: no OCR head in it: expected a whole OCRNet; train.py --weights takes a backbone alone"
-        )
-    blocks = len({name.split(".")[2] for name in shapes if name.startswith("backbone.layer1.")})
-    if "backbone.transition1.0.0.weight" in shapes:
-        found = dict(width=shapes["backbone.transition1.0.0.weight"][0], num_blocks=blocks)
-        fits = [name for name, variant in HRNETS.items() if variant.items() >= found.items()]
-    else:
-        stage3 = len({name.split(".")[2] for name in shapes if name.startswith("backbone.layer3.")})
-        found = dict(blocks_of_stage_3=stage3)
-        fits = [name for name, layers in RESNETS.items() if layers[2] == stage3]
+        raise InputError(f"{path}: expected a whole OCRNet, found no head; train.py --weights accepts backbones")
+    fits = None
+    for name, backbone in BACKBONES.items():  # of several that fit the last: hr18 has every tensor of hr18s
+        with torch.device("meta"):
+            own = {f"backbone.{key}": x.shape for key, x in backbone().named_parameters()}
+        if all(shapes.get(key) == shape for key, shape in own.items() if not key.startswith("backbone.conv1.")):
+            fits = name
     if not fits:
-        raise InputError(f"{path}: of no known variant ({found}): expected one of {', '.join((*HRNETS, *RESNETS))}")
-    model = build_model(fits[0], shapes["head.classifier.1.weight"][0], head=head_of(shapes))
+        raise InputError(f"{path}: expected a backbone of {', '.join(BACKBONES)}, found another")
+    model = build_model(fits, shapes["head.classifier.1.weight"][0], head=head_of(shapes))
     report = load_tensors(model, theirs, path)
     if report.missing:
         raise InputError(f"{path}: {len(report.missing)} tensors are missing, {report.missing[0]} first")

@@ -1,0 +1,66 @@
+"""Reading images and labels.
+
+Notation: H W an image's size.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import InputError
+
+
+def decode(path: Path, rows: int | None = None) -> Image.Image:
+    """Decode an image file in its own mode.
+
+    Args:
+        rows: decode only the first rows of a PNG; the rows below may be black. PNG decoding takes most of the time
+            per crop.
+
+    Raises:
+        InputError: the file is not an image, or is truncated.
+    """
+    try:
+        image = Image.open(path)
+        if rows and image.format == "PNG" and not image.info.get("interlace"):
+            codec, (left, top, right, bottom), *rest = image.tile[0]
+            image.tile = [(codec, (left, top, right, min(rows, bottom)), *rest)]
+        image.load()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: expected an image, found another or a damaged file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # damaged bytes raise many types; PIL also refuses gigantic images
+        raise InputError(f"{path}: expected an image, found another or a damaged file ({error})") from None
+    return image
+
+
+def read_image(path: Path, rows: int | None = None) -> Image.Image:
+    """Read an image as 8-bit RGB. Gray, palette, 16-bit and transparent images are converted. See ``decode``."""
+    image = decode(path, rows)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits per channel, which PIL would clip instead of scale
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_label(path: Path) -> Image.Image:
+    """Read a label: one channel of 8 bits. The indices of a palette image are the values.
+
+    Raises:
+        InputError: the file has several channels or more bits; and as ``decode``.
+    """
+    image = decode(path)
+    if image.mode not in ("L", "P"):
+        raise InputError(f"{path}: expected a label with one 8-bit channel, found mode {image.mode}")
+    return image if image.mode == "L" else Image.fromarray(np.asarray(image))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W), a label as uint8 (H, W)."""
+    x = torch.from_numpy(np.array(image))
+    return x.permute(2, 0, 1) if x.ndim == 3 else x

@@ -1,0 +1,218 @@
+"""--explain: what OCRNet computes on the way to its prediction, one figure per step of the method.
+
+Notation: H W an image's size, h w the feature map's, K classes, C channels. m, f and w are those of models/ocr.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm
+from torch import Tensor, nn
+
+from .data.cityscapes import Sample, class_counts, label_path
+from .data.classes import IGNORE_INDEX, ClassTable, read_classes
+from .data.images import read_image, read_label, to_tensor
+from .device import Accelerator
+from .errors import InputError
+from .inference import forward_image, list_images, rank_shard
+from .visualize import class_legend, draw_matrix, error_map, image_axes, plt, show_images
+
+CORRECTED, BROKEN = (0, 150, 0), (220, 0, 0)  # green, red
+
+
+class Explanation(NamedTuple):
+    """Intermediate results for one image, float32 on the CPU."""
+
+    m: Tensor  # (K, h, w) soft object regions: each class sums to one over the pixels
+    f: Tensor  # (K, C) object region representations
+    w: Tensor  # (K, h, w) pixel-region relation: each pixel sums to one over the regions
+    aux: Tensor  # (K, H, W) class probabilities of the auxiliary output
+    final: Tensor  # (K, H, W) class probabilities of the final segmentation
+
+
+@torch.inference_mode()
+def explain(model: nn.Module, image: Tensor, accelerator: Accelerator) -> Explanation:
+    """The intermediate results for a raw image, uint8 (3, H, W), from one forward pass at its own size."""
+    gather, attention = model.head.gather, model.head.attention
+    captured = []  # inputs and output of the gather
+    hook = gather.register_forward_hook(lambda _, inputs, output: captured.extend((*inputs, output)))
+    logits, region_logits = forward_image(model, image[None], accelerator)
+    hook.remove()
+    x, region_logits_small, f = captured  # (1, C, h, w), (1, K, h, w), (1, C, K, 1)
+    with accelerator.autocast():
+        w = attention.relation(x, f).float().transpose(1, 2)  # (1, K, N)
+    m = gather.spatial_softmax(region_logits_small)  # (1, K, N)
+    m, w = (y[0].unflatten(1, x.shape[-2:]).cpu() for y in (m, w))  # (K, h, w)
+    aux, final = (y.float().softmax(dim=1)[0].cpu() for y in (region_logits, logits))
+    return Explanation(m, f[0, :, :, 0].float().T.cpu(), w, aux, final)
+
+
+def explain_images(
+    model: nn.Module,
+    paths: Sequence[Path],
+    folder: Path,
+    table: ClassTable,
+    accelerator: Accelerator,
+    pixels: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Write the figures of ``save_explanation`` for image files, or the images in folders, to ``folder``.
+
+    Raises:
+        InputError: the model has no OCR head, an image is invalid, or a pixel is outside of it.
+    """
+    if model.config["head"] != "ocr":
+        raise InputError(f"--explain: expected a model with head ocr, found {model.config['head']}: use --save")
+    images = list_images(paths)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in rank_shard(images, accelerator, "explaining"):
+        image = read_image(path)
+        for x, y in pixels:
+            if not (0 <= x < image.width and 0 <= y < image.height):
+                raise InputError(f"--pixel {x} {y}: expected a pixel of {path}, which is {image.width}x{image.height}")
+        explanation = explain(model, to_tensor(image), accelerator)
+        prefix = str(folder / path.stem)
+        save_explanation(prefix, np.asarray(image), explanation, table, pixels, find_label(path, table))
+    accelerator.print0(f"{len(images)} images explained in {folder}: NAME_1_regions.png and so on")
+
+
+def find_label(path: Path, table: ClassTable) -> np.ndarray | None:
+    """The checked label (H, W) of an image in a data set with these classes. None for other images."""
+    image = path.resolve()
+    if not image.name.endswith("_leftImg8bit.png") or len(image.parents) < 4 or not label_path(image).exists():
+        return None
+    if read_classes(image.parents[3]).names != table.names:
+        return None
+    sample = Sample(image, label_path(image))
+    class_counts(sample, len(table))
+    return np.asarray(read_label(sample.label))
+
+
+def save_explanation(
+    prefix: str,
+    image: np.ndarray,
+    explanation: Explanation,
+    table: ClassTable,
+    pixels: Sequence[tuple[int, int]] = (),
+    label: np.ndarray | None = None,
+) -> list[Path]:
+    """Write one figure per step, ``PREFIX_1_regions.png`` and so on. Return their paths.
+
+    Args:
+        image: uint8 (H, W, 3).
+        pixels: (x, y) whose relations are drawn. Empty for the most confident pixel of each class.
+        label: (H, W), for the errors.
+    """
+    aux, final = explanation.aux.argmax(0).numpy(), explanation.final.argmax(0).numpy()
+    confidence = explanation.final.amax(0).numpy()
+    pixels = list(pixels) or most_confident_pixels(final, confidence)
+    figures = {
+        "1_regions": draw_regions(image, explanation.m.numpy(), table),
+        "2_representations": draw_representations(explanation.f.numpy(), table),
+        "3_relation": draw_relation(image, explanation.w.numpy(), final, pixels, table),
+        "4_segmentations": draw_segmentations(image, aux, final, confidence, table),
+    }
+    if label is not None:
+        figures["5_errors"] = draw_errors(label, aux, final, table)
+    for name, fig in figures.items():
+        fig.savefig(f"{prefix}_{name}.png", dpi=100)
+        plt.close(fig)
+    return [Path(f"{prefix}_{name}.png") for name in figures]
+
+
+def most_confident_pixels(final: np.ndarray, confidence: np.ndarray) -> list[tuple[int, int]]:
+    """(x, y) of the most confident pixel of each predicted class."""
+    pixels = []
+    for k in np.unique(final):
+        y, x = np.unravel_index(np.where(final == k, confidence, -1).argmax(), final.shape)
+        pixels.append((int(x), int(y)))
+    return pixels
+
+
+def draw_regions(image: np.ndarray, m: np.ndarray, table: ClassTable) -> plt.Figure:
+    """Soft object regions (K, h, w), in multiples of 1/N, the weight of each pixel if all were equal."""
+    fig, axes = image_axes(image, len(table) // 5 + 1, 5, 3.0, 0.9)  # K + 1 images
+    show_images(axes, {"image": image})
+    for axis, name, weights in zip(axes[1:], table.names, m):
+        scale = LogNorm(0.01, 100, clip=True)
+        drawn = axis.imshow(np.maximum(weights * weights.size, 0.01), norm=scale, cmap="magma", interpolation="nearest")
+        axis.set_title(name)
+    bar = fig.colorbar(drawn, ax=axes, orientation="horizontal", shrink=0.5, aspect=50, pad=0.02)
+    bar.set_label("weight of a pixel in the region, in multiples of 1/N (softmax over the N pixels)")
+    fig.suptitle("1. Soft object regions: the pixels that each region representation is gathered from")
+    return fig
+
+
+def draw_representations(f: np.ndarray, table: ClassTable) -> plt.Figure:
+    """Cosine similarities of the object region representations (K, C)."""
+    unit = f / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
+    fig, axis = plt.subplots(figsize=(10, 8.6), layout="constrained")
+    # f is a mean of ReLU outputs, so no cosine is negative
+    image = draw_matrix(axis, unit @ unit.T, table.names, table.names, 1, "{:.2f}", "viridis")
+    fig.colorbar(image, label="cosine similarity", shrink=0.8)
+    axis.set_title("2. Object region representations: their similarity")
+    return fig
+
+
+def draw_relation(
+    image: np.ndarray, w: np.ndarray, final: np.ndarray, pixels: Sequence[tuple[int, int]], table: ClassTable
+) -> plt.Figure:
+    """Pixel-region relation (K, h, w) of some pixels: rows are pixels, columns regions."""
+    size = (16, 0.6 + max(4.5, 0.36 * len(pixels) + 2))
+    fig, (where, matrix) = plt.subplots(1, 2, figsize=size, width_ratios=[1, 1.15], layout="constrained")
+    where.imshow(image)
+    where.set_axis_off()
+    rows, names = [], []
+    for number, (x, y) in enumerate(pixels, 1):
+        where.plot(x, y, "o", color="white", markersize=13, markeredgecolor="black")
+        where.text(x, y, number, ha="center", va="center", fontsize=8)
+        i, j = y * w.shape[1] // image.shape[0], x * w.shape[2] // image.shape[1]
+        rows.append(w[:, i, j])
+        names.append(f"{number}: {table.names[final[y, x]]} ({x}, {y})")
+    drawn = draw_matrix(matrix, np.array(rows), names, table.names, 1, "{:.2f}", "magma")
+    matrix.set(xlabel="region", ylabel="pixel: its prediction (x, y)")
+    fig.colorbar(drawn, ax=matrix, label="w, the pixel's relation to the region; a row sums to 1")
+    fig.suptitle("3. Pixel-region relation: the regions that a pixel takes its context from")
+    return fig
+
+
+def draw_segmentations(
+    image: np.ndarray, aux: np.ndarray, final: np.ndarray, confidence: np.ndarray, table: ClassTable
+) -> plt.Figure:
+    """Auxiliary and final predictions (H, W), where they differ, and the final probability of the predicted class."""
+    fig, axes = image_axes(image, 2, 2, 6.5, 1.2)
+    changed, colors = aux != final, table.palette[final]
+    changes = np.where(changed[..., None], colors, 255)
+    show_images(
+        axes, {"auxiliary output": table.palette[aux], "final": colors, f"changed: {changed.mean():.1%}": changes}
+    )
+    drawn = axes[3].imshow(confidence, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes[3].set_title(f"probability of the final class, mean {confidence.mean():.2f}")
+    fig.colorbar(drawn, ax=axes[3], shrink=0.8)
+    class_legend(fig, np.union1d(aux, final), table)
+    fig.suptitle("4. Segmentations: before and after the object context")
+    return fig
+
+
+def draw_errors(label: np.ndarray, aux: np.ndarray, final: np.ndarray, table: ClassTable) -> plt.Figure:
+    """Errors against the label (H, W), and what the context corrected or broke."""
+    valid = label != IGNORE_INDEX
+    right, was_right = final == label, aux == label
+    change = np.full((*label.shape, 3), 255, np.uint8)
+    change[right & ~was_right] = CORRECTED
+    change[~right & was_right] = BROKEN
+    change[~valid] = 0
+    share = [x[valid].mean() if valid.any() else np.nan for x in (right, right & ~was_right, ~right & was_right)]
+    fig, axes = image_axes(label, 2, 2, 6.5, 1.2)
+    maps = {
+        "label (black: ignored)": table.palette[label],
+        f"final: {share[0]:.1%} of the valid pixels are right": table.palette[final],
+        "errors, in the color of the prediction": error_map(label, final, table),
+        f"the context corrected {share[1]:.1%} (green), broke {share[2]:.1%} (red)": change,
+    }
+    show_images(axes, maps)
+    class_legend(fig, np.union1d(label[valid], final), table)
+    fig.suptitle("5. Errors")
+    return fig

@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--pixel", type=int, nargs=2, action="append", metavar=("X", "Y"), help="for --explain")
 
     group = parser.add_argument_group("inference")
-    group.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="multi-scale: mean over sizes")
+    group.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="multi-scale: sizes")
     group.add_argument("--flip", action="store_true", help="mean over flipped images too")
     group.add_argument("--slide", type=int, nargs=2, metavar=("H", "W"), help="sliding window, saves memory")
     group.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="of the window; default: 2/3 of it")

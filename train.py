@@ -9,14 +9,13 @@ Writes log.jsonl, last.pt, best.pt, curve.png, samples.png and scores.png to --o
 last.pt and exit.
 """
 
-import argparse
 import math
 import random
 import signal
 import sys
 import time
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ocrnet.checkpoint import load_checkpoint, restore_model
+from ocrnet.checkpoint import restore_model
 from ocrnet.data.cityscapes import check_samples, find_samples, write_missing_train_ids
 from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, read_classes
 from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset
@@ -37,27 +36,23 @@ from ocrnet.evaluation import baseline_of, evaluate, sample_predictions, without
 from ocrnet.inference import predict
 from ocrnet.logs import read_log
 from ocrnet.losses import ocr_loss
-from ocrnet.metrics import ConfusionMatrix
-from ocrnet.models import BACKBONES, HEADS, OCRNet, build_model, load_weights
+from ocrnet.models import BACKBONES, HEADS, build_model, load_weights
 from ocrnet.progress import Progress
-from ocrnet.run import RunFolder, check_resumable
+from ocrnet.run import RunFolder, RunState, check_resumable, load_last, run_settings
 from ocrnet.schedule import poly_lr
 from ocrnet.script import make_parser, run_script
 from ocrnet.signals import StopSignal, ignore_signals_in_worker
 from ocrnet.visualize import plot_curves, save_samples, save_scores
 
 DEMO = dict(
-    data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18s", crop_size=[96, 192],
+    data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18s", crop_size=[96, 192], workers=1,
     scale_range=[0.75, 1.5], batch_size=4, max_iters=600, lr=0.05, val_every=200, save_every=200, log_every=10,
-    workers=1,
 )  # fmt: skip
 
 
 # fmt: off
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     parser = make_parser(__doc__, usage="train.py [options]")
-    on_off = argparse.BooleanOptionalAction
-
     group = parser.add_argument_group("model and data")
     group.add_argument("--demo", action="store_true", help="generated data and short settings, which flags override")
     group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
@@ -67,7 +62,6 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--weights", type=Path, metavar="FILE", help="initial weights, such as an ImageNet HRNet's")
     group.add_argument("--resume", action="store_true", help="continue from last.pt in --output-dir, if it exists")
     group.add_argument("--dry-run", action="store_true", help="print what would be trained and exit")
-
     group = parser.add_argument_group("recipe")
     group.add_argument("--max-iters", type=int, default=40_000, metavar="N", help="optimizer steps")
     group.add_argument("--batch-size", type=int, default=2, metavar="N", help="images per process")
@@ -78,21 +72,19 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--weight-decay", type=float, default=5e-4, metavar="X", help="of SGD")
     group.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels")
     group.add_argument("--scale-range", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="sizes")
-    group.add_argument("--color-jitter", action=on_off, default=True, help="photometric distortion")
+    group.add_argument("--color-jitter", action=BooleanOptionalAction, default=True, help="photometric distortion")
     group.add_argument("--class-weights", action="store_true", help="the authors' class weights for Cityscapes")
     group.add_argument("--ohem", type=float, metavar="P", help="only pixels with probability < P in the final loss")
     group.add_argument("--dropout", type=float, metavar="P", help="before the classifier; default: HRNet 0, ResNet 0.1")
     group.add_argument("--align-corners", action="store_true", help="resize feature maps as the authors do")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, crops and dropout")
-
     group = parser.add_argument_group("device")
     group.add_argument("--device", choices=DEVICES, help="default: the first that is available")
-    group.add_argument("--amp", action=on_off, help="mixed precision; default: not on CPUs")
+    group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; default: not on CPUs")
     group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16, on CPUs bf16")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--workers", type=int, default=4, metavar="N", help="data loader workers per process")
     group.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait for another process")
-
     group = parser.add_argument_group("intervals, in iterations")
     group.add_argument("--val-every", type=int, default=4000, metavar="N", help="validation")
     group.add_argument("--save-every", type=int, default=4000, metavar="N", help="last.pt")
@@ -119,48 +111,7 @@ class Data(NamedTuple):
     val: EvalDataset
 
 
-@dataclass
-class RunState:
-    """What a checkpoint holds: the model, its optimizer, and how far the run is."""
-
-    model: OCRNet
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    iteration: int = 0  # optimizer steps done
-    validated: int = 0  # iteration of the last validation
-    best_miou: float = -math.inf
-    confusion: ConfusionMatrix | None = None  # of the last validation; not in the checkpoint
-
-    def state_dict(self) -> dict:
-        progress = {"iter": self.iteration, "validated": self.validated, "best": self.best_miou}
-        optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        return {"model": self.model.state_dict(), "config": self.model.config, **optimizer, **progress}
-
-    def load_progress(self, checkpoint: dict) -> None:
-        """Load everything but the model, which ``restore_model`` builds."""
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty without loss scaling
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.iteration, self.validated = checkpoint["iter"], checkpoint["validated"]
-        self.best_miou = checkpoint["best"]
-
-
-# ---- set-up ----------------------------------------------------------------------------------------------------------
-
-
-def load_last(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
-    """last.pt of the run to resume, read by rank 0 for all. None for a new run."""
-    last, checkpoint = args.output_dir / "last.pt", None
-    if accelerator.is_main and last.exists():
-        if not args.resume:
-            raise InputError(f"--output-dir {args.output_dir}: holds a run: add --resume, or choose another folder")
-        checkpoint = load_checkpoint(last)
-        if "optimizer" not in checkpoint:
-            raise InputError(f"{last}: expected a run to resume, found only a model: start from it with --weights")
-    return accelerator.broadcast(checkpoint)
-
-
-def build_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
+def build_data(args: Namespace, accelerator: Accelerator) -> Data:
     """Find and check the data set. With --demo it is generated first."""
     if args.demo and accelerator.is_main:
         write_dataset(args.data_path)
@@ -176,19 +127,7 @@ def build_data(args: argparse.Namespace, accelerator: Accelerator) -> Data:
     return Data(table, train_set, EvalDataset(val))
 
 
-def run_settings(args: argparse.Namespace, data: Data, accelerator: Accelerator) -> dict:
-    """What a resumed run is compared with, see ``check_resumable``."""
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return flags | dict(
-        classes=", ".join(data.table.names), train_images=len(data.train), world_size=accelerator.world_size,
-        global_batch=args.batch_size * args.accum_steps * accelerator.world_size,
-        device=accelerator.device.type, amp=accelerator.amp, amp_dtype=str(accelerator.amp_dtype),
-    )  # fmt: skip
-
-
-def build_state(
-    args: argparse.Namespace, num_classes: int, checkpoint: dict | None, accelerator: Accelerator
-) -> RunState:
+def build_state(args: Namespace, num_classes: int, checkpoint: dict | None, accelerator: Accelerator) -> RunState:
     """Model, optimizer and scaler: new, or as in the checkpoint."""
     torch.manual_seed(args.seed)
     if checkpoint:
@@ -206,36 +145,21 @@ def build_state(
     return state
 
 
-def build_loader(args: argparse.Namespace, dataset: TrainDataset, accelerator: Accelerator, start: int) -> DataLoader:
-    """Batches of this rank, without end, after the first ``start`` images of all ranks."""
-    sampler = InfiniteSampler(len(dataset), args.seed, accelerator.rank, accelerator.world_size, start)
-    return DataLoader(
-        dataset, args.batch_size, sampler=sampler, num_workers=args.workers,
-        pin_memory=accelerator.device.type != "cpu", worker_init_fn=ignore_signals_in_worker,
-    )  # fmt: skip
-
-
-def describe(args: argparse.Namespace, state: RunState, data: Data, settings: dict, accelerator: Accelerator) -> None:
-    """Print what is trained, on what, and how."""
-    print0, batch = accelerator.print0, settings["global_batch"]
+def describe(args: Namespace, state: RunState, data: Data, batch: int, accelerator: Accelerator) -> None:
+    """Print what is trained, on what, and how. ``batch`` is the global batch."""
+    print0, (h, w) = accelerator.print0, args.crop_size
     parameters = sum(p.numel() for p in state.model.parameters())
-    precision = str(accelerator.amp_dtype).removeprefix("torch.") + " autocast" if accelerator.amp else "fp32"
+    precision = f"autocast {accelerator.amp_dtype}" if accelerator.amp else "fp32"
     print0(f"{args.model}, head {args.head}: {parameters:,} parameters, on {accelerator}, {precision}")
-    images = f"{len(data.train)} training and {len(data.val)} validation images"
-    print0(f"{args.data_path}: {images}, {len(data.table)} classes")
-    crops = f"{args.max_iters:,} iterations of {batch} crops of {args.crop_size[0]}x{args.crop_size[1]}"
-    print0(f"{crops}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
-    if state.iteration:
-        print0(f"resuming after iteration {state.iteration}")
+    print0(
+        f"{args.data_path}: {len(data.train)} training and {len(data.val)} validation images, {len(data.table)} classes"
+    )
+    iterations = f"{args.max_iters:,} iterations" + (f" after {state.iteration:,}" if state.iteration else "")
+    print0(f"{iterations} of {batch} crops of {h}x{w}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
     if batch != 8 and not args.demo:
         print0(f"NOTE: --lr 0.01 of the recipe is for a global batch of 8, found {batch}")
     if not (args.weights or args.demo or state.iteration):
-        print0(
-            "WARNING: training from RANDOM weights; the published scores start from an ImageNet HRNet: --weights FILE"
-        )
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
+        print0("WARNING: training from RANDOM weights; published scores start from an ImageNet HRNet: --weights FILE")
 
 
 def to_device(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -245,12 +169,7 @@ def to_device(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Te
 
 
 def train_step(
-    model: nn.Module,
-    batches: Iterator,
-    state: RunState,
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    class_weights: Tensor | None = None,
+    args: Namespace, state: RunState, model: nn.Module, batches: Iterator, accelerator: Accelerator
 ) -> tuple[Tensor, float]:
     """One optimizer step over ``accum_steps`` batches.
 
@@ -258,6 +177,7 @@ def train_step(
         (loss, final loss, auxiliary loss), the mean of the batches, (3,) on the device; and seconds waited for data.
     """
     losses, waited = torch.zeros(3, device=accelerator.device), 0.0
+    class_weights = losses.new_tensor(CLASS_WEIGHTS) if args.class_weights else None
     for micro_step in range(args.accum_steps):
         since = time.perf_counter()
         batch = next(batches)
@@ -276,9 +196,7 @@ def train_step(
     return losses, waited
 
 
-def validate(
-    state: RunState, data: Data, args: argparse.Namespace, accelerator: Accelerator, folder: RunFolder
-) -> None:
+def validate(args: Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder) -> None:
     """Evaluate on val, log the scores, and write best.pt (if mIoU is the highest so far) and last.pt."""
     predict_image = partial(predict, accelerator=accelerator)
     confusion = evaluate(state.model, data.val, len(data.table), accelerator, predict_image, args.workers)
@@ -293,13 +211,18 @@ def validate(
 
 
 def train(
-    args: argparse.Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder
+    args: Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder
 ) -> signal.Signals | None:
     """Train until --max-iters or a stop signal, which is returned."""
     model = accelerator.wrap_ddp(torch.compile(state.model) if args.compile else state.model)
-    class_weights = torch.tensor(CLASS_WEIGHTS, device=accelerator.device) if args.class_weights else None
     global_batch = args.batch_size * args.accum_steps * accelerator.world_size
-    batches = iter(build_loader(args, data.train, accelerator, start=state.iteration * global_batch))
+    start = state.iteration * global_batch  # images seen
+    sampler = InfiniteSampler(len(data.train), args.seed, accelerator.rank, accelerator.world_size, start)
+    pin_memory = accelerator.device.type != "cpu"
+    batches = iter(DataLoader(
+        data.train, args.batch_size, sampler=sampler, num_workers=args.workers, pin_memory=pin_memory,
+        worker_init_fn=ignore_signals_in_worker,
+    ))  # fmt: skip
     progress = Progress(accelerator, state.iteration, args.max_iters, global_batch)
     stop, stopped = StopSignal(), None
     state.model.train()
@@ -308,7 +231,7 @@ def train(
         return state.iteration % every == 0 or state.iteration == args.max_iters
 
     if due(args.val_every) and state.iteration > state.validated:  # the run was stopped before this validation
-        validate(state, data, args, accelerator, folder)
+        validate(args, state, data, accelerator, folder)
     while state.iteration < args.max_iters and not stopped:
         # all ranks stop together; the sum is read after the step, as reading waits for the device
         stop_requested = accelerator.sum(stop.requested(accelerator.is_orphan()).to(accelerator.device))
@@ -317,7 +240,7 @@ def train(
         lr = poly_lr(args.lr, state.iteration, args.max_iters, args.min_lr)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        losses, waited = train_step(model, batches, state, args, accelerator, class_weights)
+        losses, waited = train_step(args, state, model, batches, accelerator)
         progress.update(losses, waited)
         state.iteration += 1
 
@@ -327,58 +250,47 @@ def train(
         if saving or due(args.log_every):
             entry = progress.entry(state.iteration, lr)
             if not math.isfinite(entry["loss"]):  # before anything is saved
-                raise InputError(
-                    f"--lr {lr}: the loss is {entry['loss']}: try a lower one" + accelerator.amp * ", or --no-amp"
-                )
+                raise InputError(f"--lr {args.lr}: the loss is {entry['loss']}: try a lower one, or --no-amp")
             folder.log(entry)
         if saving:
             folder.save("last.pt", state.state_dict())
             if due(args.val_every) and not stopped:
-                validate(state, data, args, accelerator, folder)
+                validate(args, state, data, accelerator, folder)
             progress.restart()  # the reported speed is that of training
     progress.close()
     return stopped
 
 
-# ---- the end of a run ------------------------------------------------------------------------------------------------
-
-
-def draw_run(args: argparse.Namespace, state: RunState, data: Data, accelerator: Accelerator) -> None:
+def draw_run(folder: Path, state: RunState, data: Data, accelerator: Accelerator) -> None:
     """curve.png, samples.png and, if there was a validation, scores.png."""
-    plot_curves([read_log(args.output_dir)], args.output_dir / "curve.png")
-    state.model.eval()
-    samples = sample_predictions(state.model, data.val, accelerator)
-    save_samples(args.output_dir / "samples.png", samples, data.table)
+    plot_curves([read_log(folder)], folder / "curve.png")
+    save_samples(folder / "samples.png", sample_predictions(state.model.eval(), data.val, accelerator), data.table)
     if state.confusion:
-        save_scores(args.output_dir / "scores.png", state.confusion, data.table)
+        save_scores(folder / "scores.png", state.confusion, data.table)
 
 
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(args.device, args.amp, args.amp_dtype, args.timeout)
     print0 = accelerator.print0
-
-    checkpoint = load_last(args, accelerator)
+    checkpoint = load_last(args.output_dir, args.resume, accelerator)
     data = build_data(args, accelerator)
-    settings = run_settings(args, data, accelerator)
+    settings = run_settings(args, data.table, len(data.train), accelerator)
     if checkpoint:
         for note in check_resumable(checkpoint, settings, args.output_dir / "last.pt"):
             print0(f"NOTE: {note}")
     state = build_state(args, len(data.table), checkpoint, accelerator)
-    describe(args, state, data, settings, accelerator)
+    describe(args, state, data, settings["global_batch"], accelerator)
     if args.dry_run:
-        accelerator.close()
-        return
-
+        return accelerator.close()
     entries = {"classes": data.table.rows(), "settings": settings}
     folder = RunFolder(args.output_dir, accelerator.is_main, entries, state.iteration, state.validated)
     stopped = train(args, state, data, accelerator, folder)
-
     accelerator.barrier()  # the other ranks wait until rank 0 has written everything
     if stopped:
         print0(f"stopped by {stopped.name} after iteration {state.iteration}: continue with --resume")
     elif accelerator.is_main:
-        draw_run(args, state, data, accelerator)
+        draw_run(args.output_dir, state, data, accelerator)
         if args.demo:
             baseline = baseline_of(data.train.samples, data.val.samples, len(data.table)).mean_iou()
             print0(f"without looking at the image, the most frequent class of each row has mIoU {baseline:.2%}")

@@ -1,26 +1,97 @@
-"""A run's folder, held by one run at a time: its log and its checkpoints. And what may differ when a run resumes."""
+"""A run: its state, the settings that a resumed run is compared with, and its folder.
 
+The folder holds log.jsonl, last.pt and best.pt, and belongs to one run at a time.
+"""
+
+import argparse
 import json
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import save_checkpoint
+import torch
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data.classes import ClassTable
+from .device import Accelerator
 from .errors import InputError
 from .files import remove_partial_files
+from .metrics import ConfusionMatrix
+from .models import OCRNet
 
 try:
     import fcntl
 except ImportError:  # Windows: the folder is not locked
     fcntl = None
 
-# Settings of a run: flags of train.py, and what follows from the data and the processes.
-MUST_MATCH = (
+
+@dataclass
+class RunState:
+    """What a checkpoint holds: the model, its optimizer, and the progress of the run."""
+
+    model: OCRNet
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    iteration: int = 0  # optimizer steps done
+    validated: int = 0  # iteration of the last validation
+    best_miou: float = -math.inf
+    confusion: ConfusionMatrix | None = None  # of the last validation; not in the checkpoint
+
+    def state_dict(self) -> dict:
+        progress = {"iter": self.iteration, "validated": self.validated, "best": self.best_miou}
+        optimizer = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {"model": self.model.state_dict(), "config": self.model.config, **optimizer, **progress}
+
+    def load_progress(self, checkpoint: dict) -> None:
+        """Load everything but the model, which ``restore_model`` builds."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # empty without loss scaling
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.iteration, self.validated = checkpoint["iter"], checkpoint["validated"]
+        self.best_miou = checkpoint["best"]
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+# Settings that must not change when a run resumes, and settings that may.
+MUST_MATCH = [
     "model", "head", "align_corners", "dropout", "max_iters", "seed", "classes", "global_batch", "train_images",
-)  # fmt: skip
-MAY_DIFFER = (
+]  # fmt: skip
+MAY_DIFFER = [
     "lr", "min_lr", "momentum", "weight_decay", "crop_size", "scale_range", "color_jitter", "class_weights", "ohem",
     "accum_steps", "world_size", "device", "amp", "amp_dtype",
-)  # fmt: skip
+]  # fmt: skip
+
+
+def run_settings(args: argparse.Namespace, table: ClassTable, train_images: int, accelerator: Accelerator) -> dict:
+    """The flags of train.py, and what else ``check_resumable`` compares."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return flags | dict(
+        classes=", ".join(table.names),
+        train_images=train_images,
+        global_batch=args.batch_size * args.accum_steps * accelerator.world_size,
+        world_size=accelerator.world_size,
+        device=accelerator.device.type,
+        amp=accelerator.amp,
+        amp_dtype=str(accelerator.amp_dtype),
+    )
+
+
+def load_last(folder: Path, resume: bool, accelerator: Accelerator) -> dict | None:
+    """last.pt of the run to resume, read by rank 0 for all ranks. None for a new run.
+
+    Raises:
+        InputError: the folder holds a run and ``resume`` is False, or last.pt is not the checkpoint of a run.
+    """
+    last, checkpoint = folder / "last.pt", None
+    if accelerator.is_main and last.exists():
+        if not resume:
+            raise InputError(f"--output-dir {folder}: holds a run: add --resume, or choose another folder")
+        checkpoint = load_checkpoint(last)
+        if "optimizer" not in checkpoint:
+            raise InputError(f"{last}: expected a run to resume, found only a model: start from it with --weights")
+    return accelerator.broadcast(checkpoint)
 
 
 def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
@@ -32,7 +103,10 @@ def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
     Raises:
         InputError: a setting of ``MUST_MATCH`` differs.
     """
-    saved = checkpoint.get("settings") or {**checkpoint.get("args", {}), **checkpoint.get("conditions", {})}
+    saved = checkpoint.get("settings")
+    if saved is None:  # an older version: flags of other names, None where they were left out
+        older = {**checkpoint.get("args", {}), **checkpoint.get("conditions", {})}
+        saved = {name: value for name, value in older.items() if value is not None}
     for name in MUST_MATCH:
         if saved.get(name, settings[name]) != settings[name]:
             raise InputError(f"--resume: expected {name} {saved[name]} as in {path}, found {settings[name]}")
@@ -42,7 +116,10 @@ def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
         if saved.get(name, settings[name]) != settings[name]
     ]
     unknown = [name for name in MUST_MATCH + MAY_DIFFER if name not in saved]
-    return notes + ([f"an older checkpoint, which does not say: {', '.join(unknown)}"] if unknown else [])
+    return notes + ([f"not in the checkpoint, so not compared: {', '.join(unknown)}"] if unknown else [])
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
 
 
 class RunFolder:

@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt runs/hr18/best.pt                                       mIoU of the val split
     torchrun --nproc_per_node 4 evaluate.py --ckpt runs/hr18/best.pt                  the same, by 4 processes
-    python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg photos/ --save out      one's own images
+    python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg photos/ --save out      your own images
     python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg --explain out           each step of the method
     python evaluate.py --ckpt runs/hr18/best.pt --split test --export out             PNGs for the test server
 
@@ -86,8 +86,8 @@ def main() -> None:
             f"expected {len(table)}, or --data-path DIR with a classes.json of as many"
         )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    look = dict(scales=args.scales, flip=args.flip, slide=args.slide, stride=args.stride)
-    predict_image = partial(predict, accelerator=accelerator, **look)
+    options = dict(scales=args.scales, flip=args.flip, slide=args.slide, stride=args.stride)
+    predict_image = partial(predict, accelerator=accelerator, **options)
 
     if args.save:
         color_images(model, args.images, args.save, table, accelerator, predict_image)

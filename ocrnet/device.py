@@ -154,7 +154,7 @@ class Accelerator:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        self.sum(torch.zeros(1, device=self.device))
+        self.sum(torch.zeros(1, device=self.device)).item()  # reading waits for the device
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x`` over all processes, in place. Asynchronous on a device until it is read."""

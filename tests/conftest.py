@@ -1,20 +1,22 @@
-"""What several tests share: a small generated data set, and running the real scripts."""
+"""Shared by the tests: a small generated data set, the real scripts, and other projects' names of our tensors."""
 
 import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ocrnet.data.cityscapes import write_missing_train_ids
 from ocrnet.data.synthetic import write_dataset
-from ocrnet.models.weights import MMSEGMENTATION
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,19 +28,26 @@ def few_threads():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """A prepared data set of 6 training and 5 validation pictures. Do not write there."""
+    """A prepared data set of 6 training and 5 validation images of 128x256. Read-only."""
     root = tmp_path_factory.mktemp("data")
     write_dataset(root, {"train": 6, "val": 5})
     write_missing_train_ids(root)
     return root
 
 
+# ---- running scripts -------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="session")
 def script():
-    """script("train.py", "--iters", 2, processes=2, ok=False) -> the finished process, its output as text.
+    """script("train.py", "--max-iters", 2, processes=2) -> the finished process, with its output as text.
 
-    With wait=False it is left running: see ``kill``. ``launcher`` holds further flags of torchrun, which starts it if
-    there are any; ``options`` are those of subprocess.
+    Args:
+        processes: started by torchrun if more than one.
+        launcher: more flags of torchrun, which also starts a single process then.
+        ok: whether exit status 0 is expected.
+        wait: False to return the running process, see ``kill``.
+        options: of subprocess.
     """
 
     def call(name, *args, processes=1, launcher=(), ok=True, wait=True, **options):
@@ -57,25 +66,44 @@ def script():
     return call
 
 
-@pytest.fixture
-def main(monkeypatch):
-    """main("train.py", "--iters", 2) runs a script in this process, as far as to its first error, which it raises.
+@pytest.fixture(scope="session")
+def main():
+    """main("train.py", "--max-iters", 2) runs a script in this process and lets its exceptions through.
 
-    Quicker than ``script``, for what ends before a process group or a loop is there.
+    Faster than ``script``, for what needs no process group and no exit status.
     """
 
     def call(name, *args):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        importlib.import_module(name.removesuffix(".py")).main()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [name, *map(str, args)])
+                importlib.import_module(name.removesuffix(".py")).main()
+        finally:
+            for number, handler in handlers.items():  # train.py sets its own
+                signal.signal(number, handler)
 
     return call
 
 
-def processes_of(root: int) -> list[tuple[int, int, str]]:
-    """A process and all that descend from it, torchrun's workers too, which are in sessions of their own.
+def error_of(done: subprocess.CompletedProcess) -> str:
+    """The error of a script without torchrun: exit status 1, no traceback, and one line at the end of stderr."""
+    lines = done.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert done.returncode == 1 and errors == lines[-1:] and "Traceback" not in done.stderr, done.stderr
+    return errors[0]
 
-    -> (id, parent's id, command) of each.
-    """
+
+def until(condition, seconds: float = 240) -> None:
+    """Wait until ``condition()`` is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def processes_of(root: int) -> list[tuple[int, int, str]]:
+    """(id, parent's id, command) of a process and its descendants, including torchrun's workers in other sessions."""
     listing = subprocess.run(
         ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
     ).stdout
@@ -83,61 +111,123 @@ def processes_of(root: int) -> list[tuple[int, int, str]]:
         int(pid): (int(parent), command) for pid, parent, command in (x.split(None, 2) for x in listing.splitlines())
     }
     family = [root]
-    for pid in family:  # grows while it is walked
+    for pid in family:  # grows during the loop
         family += [child for child, (parent, _) in rows.items() if parent == pid]
     return [(pid, *rows[pid]) for pid in family if pid in rows]
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for a process and all that descend from it."""
+    """SIGKILL a process and its descendants."""
     for pid, _, _ in processes_of(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-# ---- runs of train.py ----
+# ---- runs of train.py ------------------------------------------------------------------------------------------------
 
-RUN = ["--model", "hr18s", "--crop", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu"]
+RUN = [
+    "--model", "hr18s", "--crop-size", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu",
+]  # fmt: skip
+EIGHT_ITERATIONS = [*RUN, "--max-iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2, "--dropout", 0.2]
 
 
-def entries(log: Path) -> list[dict]:
-    """The lines of a log.jsonl."""
-    return [json.loads(line) for line in log.read_text().splitlines()]
+@pytest.fixture(scope="session")
+def trained(script, data, tmp_path_factory) -> Path:
+    """The folder of a run of eight iterations on two processes. Read-only."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    script("train.py", *EIGHT_ITERATIONS, "--data-path", data, "--output-dir", folder, processes=2)
+    return folder
+
+
+def entries(log: Path, split: str | None = None) -> list[dict]:
+    """The lines of a log.jsonl, of one split if it is given."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line for line in lines if split in (None, line["split"])]
 
 
 def same_run(first: Path, second: Path) -> None:
-    """Two runs' folders hold the same weights, momentum, best score and, but for the speed, the same log."""
+    """Assert that two runs' folders hold bit-identical checkpoints and validations.
 
-    def without_speed(folder):
-        timed = {"images_per_s", "waiting_for_data"}
-        return [{k: v for k, v in entry.items() if k not in timed} for entry in entries(folder / "log.jsonl")]
-
-    assert without_speed(first) == without_speed(second)
+    Training entries are means since the entry before, and a resumed run begins a new mean: their numbers may differ.
+    """
+    one, two = (first / "log.jsonl", second / "log.jsonl")
+    assert entries(one, "val") == entries(two, "val")
+    for log in (one, two):
+        iterations = [entry["iter"] for entry in entries(log, "train")]
+        assert iterations == sorted(set(iterations))
     for name in ("last.pt", "best.pt"):
         one, two = (torch.load(folder / name, weights_only=True) for folder in (first, second))
+        assert one["model"].keys() == two["model"].keys()
         assert all(torch.equal(x, two["model"][key]) for key, x in one["model"].items())
-        buffers = [[x["momentum_buffer"] for x in state["optimizer"]["state"].values()] for state in (one, two)]
-        assert all(torch.equal(x, y) for x, y in zip(*buffers, strict=True))
-        assert (one["iter"], one["best"], one["validated"]) == (two["iter"], two["best"], two["validated"])
+        momentum = [[x["momentum_buffer"] for x in state["optimizer"]["state"].values()] for state in (one, two)]
+        assert all(torch.equal(x, y) for x, y in zip(*momentum, strict=True))
+        assert all(one[key] == two[key] for key in ("iter", "best", "validated"))
 
 
-# ---- other people's names ----
+# ---- names of other projects -----------------------------------------------------------------------------------------
+
+# Our prefix -> theirs. What follows a prefix is renamed by the functions below.
+MMSEGMENTATION = {
+    "head.region_head.0.": "decode_head.0.convs.0.",
+    "head.region_head.2.": "decode_head.0.conv_seg.",
+    "head.pixel_head.": "decode_head.1.bottleneck.",
+    "head.attention.phi.": "decode_head.1.object_context_block.query_project.",
+    "head.attention.psi.": "decode_head.1.object_context_block.key_project.",
+    "head.attention.delta.": "decode_head.1.object_context_block.value_project.",
+    "head.attention.rho.": "decode_head.1.object_context_block.out_project.",
+    "head.g.": "decode_head.1.object_context_block.bottleneck.",
+    "head.classifier.1.": "decode_head.1.conv_seg.",
+    "backbone.": "backbone.",
+}
+DEEP_STEM = {"backbone.conv1.": "backbone.stem.", "backbone.bn1.": "backbone.stem.7."}  # of ResNetV1c
+AUTHORS = {
+    "head.region_head.0.": "aux_head.",
+    "head.region_head.2.": "aux_head.3.",
+    "head.pixel_head.": "conv3x3_ocr.",
+    "head.attention.phi.": "ocr_distri_head.object_context_block.f_pixel.",
+    "head.attention.psi.": "ocr_distri_head.object_context_block.f_object.",
+    "head.attention.delta.": "ocr_distri_head.object_context_block.f_down.",
+    "head.attention.rho.": "ocr_distri_head.object_context_block.f_up.",
+    "head.g.": "ocr_distri_head.conv_bn_dropout.",
+    "head.classifier.1.": "cls_head.",
+    "backbone.": "",
+}
+AUTHORS_TWICE = {"0.0.": "0.", "0.1.": "1.0.", "1.0.": "2.", "1.1.": "3.0."}  # conv, (bn, relu), conv, (bn, relu)
+AUTHORS_ONCE = {"0.": "0.", "1.": "1.0."}  # conv, (bn, relu)
 
 
-def as_theirs(model, table, prefix=""):
-    """Our tensors under another project's names, as its file would have them."""
-    theirs = {}
+def split_prefix(name: str, prefixes: dict[str, str]) -> tuple[str, str, str]:
+    """(our prefix, theirs, what follows it) of a name."""
+    ours = next(prefix for prefix in prefixes if name.startswith(prefix))
+    return ours, prefixes[ours], name.removeprefix(ours)
+
+
+def as_mmsegmentation(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of an OCRNet under mmsegmentation's names."""
+    prefixes = {**(DEEP_STEM if model.config["deep_stem"] else {}), **MMSEGMENTATION}
+    tensors = {}
     for name, x in model.state_dict().items():
-        start, own = max(
-            ((start, own) for start, own in table.items() if name.startswith(own)), key=lambda pair: len(pair[1])
-        )
-        theirs[prefix + start + name[len(own) :]] = x
-    return theirs
+        ours, theirs, rest = split_prefix(name, prefixes)
+        if ours.startswith("head."):  # ConvModule: conv and bn where our Sequential has 0 and 1
+            rest = re.sub(r"\b0\.(\w+)$", r"conv.\1", rest)
+            rest = re.sub(r"\b1\.(\w+)$", r"bn.\1", rest)
+        tensors[theirs + rest] = x
+    return tensors
 
 
-def as_mmsegmentation(model):
-    """Our tensors under mmsegmentation's names."""
-    stem = {} if model.config["deep_stem"] else {"backbone.stem.", "backbone.stem.7."}
-    table = {theirs: ours for theirs, ours in MMSEGMENTATION.items() if theirs not in stem}
-    return as_theirs(model, {**table, "backbone.": "backbone."})
+def as_authors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The state_dict of an OCRNet under the names of the authors' HRNet-OCR, each after ``prefix``."""
+    tensors = {}
+    for name, x in model.state_dict().items():
+        ours, theirs, rest = split_prefix(name, AUTHORS)
+        pairs = {}
+        if ours in ("head.attention.phi.", "head.attention.psi."):
+            pairs = AUTHORS_TWICE
+        elif ours in ("head.attention.delta.", "head.attention.rho.", "head.g."):
+            pairs = AUTHORS_ONCE
+        if pairs:
+            _, position, rest = split_prefix(rest, pairs)
+            rest = position + rest
+        tensors[prefix + theirs + rest] = x
+    return tensors

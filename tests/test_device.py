@@ -1,4 +1,4 @@
-"""The table of devices, SDAA's line with a small fake of its package."""
+"""The device of a process; SDAA with a small fake of its package."""
 
 import importlib.util
 import sys
@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from ocrnet import device
-from ocrnet.device import KINDS, Accelerator
+from ocrnet.device import DEVICES, Accelerator, isolated_store
 from ocrnet.errors import InputError
 
 
 @pytest.fixture
 def sdaa(monkeypatch):
-    """A fake torch_sdaa: two cards, and a record of what was called in which order."""
+    """A fake torch_sdaa with two devices, in rank 1 of 2. Return what is called, in order."""
     calls = []
     module = types.SimpleNamespace(
         is_available=lambda: True,
@@ -32,74 +32,121 @@ def sdaa(monkeypatch):
     monkeypatch.setattr(torch, "sdaa", module, raising=False)
     monkeypatch.setattr(device.torch, "device", lambda *args: types.SimpleNamespace(type=args[0], index=args[-1]))
     monkeypatch.setattr(device, "rendezvous", lambda url, timeout: iter([(dist.HashStore(), 1, 2)]))
-    monkeypatch.setattr(device, "meet", lambda store, rank, world_size: store)
+    monkeypatch.setattr(device, "isolated_store", lambda store, rank, world_size: store)
     monkeypatch.setattr(device.dist, "init_process_group", lambda backend, **_: calls.append(("group", backend)))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     return calls
 
 
-def test_sdaa_sets_the_device_before_the_group_and_scales_by_its_own_scaler(sdaa):
+def test_sdaa_sets_its_device_before_the_process_group(sdaa):
     accelerator = Accelerator("sdaa")
     assert sdaa == [("set_device", 1), ("group", "tccl")]
-    assert accelerator.kind.amp and accelerator.kind.amp_dtype == torch.float16
-    accelerator.grad_scaler(True)
-    assert sdaa[-1] == ("GradScaler", True)
     assert (accelerator.rank, accelerator.world_size, accelerator.is_main) == (1, 2, False)
+    assert (accelerator.device.type, accelerator.device.index) == ("sdaa", 1)
 
 
-def test_without_a_name_sdaa_is_preferred_where_it_is_there(sdaa):
+def test_sdaa_scales_the_loss_with_its_own_scaler(sdaa):
+    accelerator = Accelerator("sdaa")
+    assert accelerator.amp and accelerator.amp_dtype == torch.float16
+    accelerator.grad_scaler()
+    assert sdaa[-1] == ("GradScaler", True)
+    for flags in (dict(amp=False), dict(amp_dtype="bf16")):
+        Accelerator("sdaa", **flags).grad_scaler()
+        assert sdaa[-1] == ("GradScaler", False)
+
+
+def test_sdaa_is_preferred_where_it_is_available(sdaa):
     assert Accelerator().device.type == "sdaa"
 
 
-def test_more_processes_than_cards_are_refused(sdaa, monkeypatch):
+def test_more_processes_than_devices_are_refused(sdaa, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="process 2 of this host has no card: there are 2"):
+    with pytest.raises(InputError) as error:
         Accelerator("sdaa")
+    assert "--device sdaa" in str(error.value)
+    assert sdaa == []  # before anything is set up
 
 
 @pytest.mark.parametrize("name", ["sdaa", "cuda"])
-def test_a_device_that_is_not_there_is_refused_by_name(name, monkeypatch):
-    monkeypatch.setattr(device, "is_present", lambda kind: kind == "cpu")
-    with pytest.raises(InputError, match=f"--device {name}: not there: expected one of cpu"):
+def test_unavailable_device_is_refused(name, monkeypatch):
+    monkeypatch.setattr(device, "is_available", lambda other: other == "cpu")
+    with pytest.raises(InputError) as error:
         Accelerator(name)
+    assert f"--device {name}" in str(error.value) and "cpu" in str(error.value)
+    assert Accelerator().device.type == "cpu"
 
 
-def test_cpu_is_always_there_in_full_precision_and_without_loss_scaling():
+def dtype_under(accelerator):
+    with accelerator.autocast():
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
+def test_cpu_runs_in_fp32_by_default():
     accelerator = Accelerator("cpu")
-    assert KINDS["cpu"].backend == "gloo" and not accelerator.kind.amp
-    assert not accelerator.grad_scaler(True).is_enabled()
-    with accelerator.autocast(True):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with accelerator.autocast(False):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert DEVICES["cpu"].backend == "gloo" and not accelerator.amp
+    assert dtype_under(accelerator) == torch.float32 and not accelerator.grad_scaler().is_enabled()
 
 
-def test_one_process_needs_no_group():
+@pytest.mark.parametrize(
+    "amp_dtype, dtype, scaled",
+    [(None, torch.bfloat16, False), ("bf16", torch.bfloat16, False), ("fp16", torch.half, True)],
+)
+def test_only_fp16_scales_the_loss(amp_dtype, dtype, scaled):
+    accelerator = Accelerator("cpu", amp=True, amp_dtype=amp_dtype)
+    assert accelerator.amp and accelerator.amp_dtype == dtype
+    assert dtype_under(accelerator) == dtype and accelerator.grad_scaler().is_enabled() == scaled
+    off = Accelerator("cpu", amp=False, amp_dtype=amp_dtype)
+    assert dtype_under(off) == torch.float32 and not off.grad_scaler().is_enabled()
+
+
+def test_one_process_needs_no_process_group(capsys):
     accelerator = Accelerator("cpu")
-    model = torch.nn.Linear(1, 1)
-    assert accelerator.wrap(model) is model and accelerator.world_size == 1
-    assert accelerator.gather(torch.tensor(3.0)).tolist() == [3]
-    assert accelerator.any(True) > 0 and not accelerator.any(False)
+    model = torch.nn.BatchNorm2d(1)
+    assert accelerator.wrap_ddp(model) is model and type(accelerator.convert_sync_bn(model)) is torch.nn.BatchNorm2d
+    assert accelerator.is_main and accelerator.world_size == 1
+    assert accelerator.sum(torch.tensor([3.0, 4.0])).tolist() == [3, 4]
     assert accelerator.broadcast({"iter": 3}) == {"iter": 3}
+    accelerator.barrier()
+    accelerator.print0("printed")
+    assert capsys.readouterr().out == "printed\n"
+    accelerator.close()
 
 
-def test_processes_started_again_find_nothing_that_dead_ones_left():
+def test_only_rank_0_prints(sdaa, capsys):
+    Accelerator("sdaa").print0("printed")
+    assert capsys.readouterr().out == ""
+
+
+def test_process_without_its_torchrun_is_an_orphan(monkeypatch):
+    accelerator = Accelerator("cpu")
+    monkeypatch.setattr(device.os, "getppid", lambda: accelerator.parent + 1)
+    assert not accelerator.is_orphan()  # started without torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert accelerator.is_orphan()
+    monkeypatch.setattr(device.os, "getppid", lambda: accelerator.parent)
+    assert not accelerator.is_orphan()
+
+
+# ---- processes that start again --------------------------------------------------------------------------------------
+
+
+def test_restarted_processes_find_nothing_of_the_dead_ones():
     store = dist.HashStore()
     with ThreadPoolExecutor(2) as pool:
         for attempt in range(3):
-            second = pool.submit(device.meet, store, 1, 2)
-            time.sleep(0.1)  # it has the name of the dead first process by now
-            stores = device.meet(store, 0, 2), second.result()
+            second = pool.submit(isolated_store, store, 1, 2)
+            time.sleep(0.1)  # so that it reads the name of the dead first process
+            stores = isolated_store(store, 0, 2), second.result()
             assert not any(found.check(["address"]) for found in stores)
             stores[attempt % 2].set("address", "of this attempt")
             assert all(found.get("address") == b"of this attempt" for found in stores)
 
 
-def test_a_process_that_does_not_come_ends_the_others():
+def test_absent_process_ends_the_others():
     store = dist.HashStore()
-    device.meet(store, 0, 1)
+    isolated_store(store, 0, 1)
     store.set_timeout(timedelta(seconds=0.2))
-    with pytest.raises(dist.DistError):  # the second one's name is there, the second one is not
-        store.set("process 1", "dead")
-        device.meet(store, 0, 2)
+    store.set("process 1", "dead")  # its name is there, the process is not
+    with pytest.raises(dist.DistError):
+        isolated_store(store, 0, 2)

@@ -1,70 +1,104 @@
-"""The README's exercises can be solved: the solutions still fit the code, and do what they are for."""
+"""The solutions of the exercises fit the code and have the effect that the exercises ask for."""
 
-import shutil
+import ast
+import json
+import os
 import subprocess
 import sys
 
-import pytest
-from ablation import EXERCISES, ROOT, solve
-from conftest import RUN, entries
+from conftest import ROOT, RUN, entries
+from exercises.ablation import EXERCISES, FOLDER
 
-pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="solutions are diffs, which git applies")
-
-
-def run_there(folder, *command) -> str:
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, check=True, capture_output=True, text=True
-    ).stdout
-
-
-def test_detached_regions_hear_nothing_of_the_final_loss(tmp_path):
-    solve("detach", tmp_path)
-    check = """
+CHECK = """
 import torch
+from {name} import *
 from ocrnet.models import OCRHead
-head = OCRHead(in_channels=6, region_in_channels=6, region_channels=6, num_classes=3, channels=8, key_channels=4)
+head = OCRHead(region_in_channels=6, in_channels=6, num_classes=3, channels=8, key_channels=4).eval()
+"""
+
+
+def run(*command) -> str:
+    """The output of Python with these arguments, where solutions can be imported."""
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check(name, code) -> list:
+    """The value that ``code`` prints after importing a solution."""
+    return ast.literal_eval(run("-c", CHECK.format(name=name) + code))
+
+
+def test_detached_regions_get_no_gradient_of_the_final_loss():
+    code = """
 features = torch.randn(2, 6, 4, 4)
 head(features, features)[0].square().mean().backward()
-print(head.region_head[-1].weight.grad, head.pixel_head[0].weight.grad.abs().sum() > 0)
+print([head.region_head[-1].weight.grad is None, head.pixel_head[0].weight.grad.abs().sum().item()])
 """
-    assert run_there(tmp_path, "-c", check) == "None tensor(True)\n"
+    no_gradient, pixel_gradient = check("detach", code)
+    assert no_gradient and pixel_gradient > 0
 
 
-def test_true_regions_train_and_the_gather_takes_each_classs_mean(tmp_path, data):
-    solve("ground_truth", tmp_path)
-    run_there(tmp_path, "train.py", *RUN, "--iters", 2, "--data", data, "--out", tmp_path / "run")
-    assert len(entries(tmp_path / "run/log.jsonl")) == 3
-    check = """
-import torch
-from ocrnet.models import OCRHead
-head = OCRHead(in_channels=6, region_in_channels=6, region_channels=6, num_classes=3, channels=8, key_channels=4)
-x, head.label = torch.randn(1, 8, 2, 2), torch.tensor([[[0, 255], [1, 1]]])
-f = head.gather(x, head.true_regions(torch.randn(1, 3, 2, 2)))[0, :, :, 0].T
-print(torch.allclose(f[0], x[0, :, 0, 0]), torch.allclose(f[1], x[0, :, 1].mean(1), atol=1e-6))
+def test_the_gather_takes_the_mean_of_each_true_region():
+    code = """
+gathered = []
+head.gather.register_forward_hook(lambda _, inputs, f: gathered.extend([inputs[0], f]))
+OCRHead.label = torch.tensor([[[0, 255], [1, 1]]])
+head(torch.randn(1, 6, 2, 2), torch.randn(1, 6, 2, 2))
+print([x[0].flatten(1).tolist() for x in gathered])
 """
-    assert run_there(tmp_path, "-c", check) == "True True\n"
+    x, f = check("ground_truth", code)  # (C, N) and (C, K)
+    for pixels, regions in zip(x, f):
+        means = [pixels[0], (pixels[2] + pixels[3]) / 2, sum(pixels) / 4]  # class 2 does not occur
+        assert all(abs(found - mean) < 1e-5 for found, mean in zip(regions, means))
 
 
-def test_with_the_true_relation_pixels_of_a_class_have_one_context(tmp_path):
-    solve("upper_bound", tmp_path)
-    check = """
-import torch
-from ocrnet.models import OCRHead
-head = OCRHead(in_channels=6, region_in_channels=6, region_channels=6, num_classes=3, channels=8, key_channels=4).eval()
-x, head.label = torch.randn(1, 8, 2, 2), torch.tensor([[[0, 2], [1, 1]]])
-regions = head.true_regions(torch.randn(1, 3, 2, 2))
-y = head.attention(x, head.gather(x, regions), regions)[0]
-print(torch.allclose(y[:, 1, 0], y[:, 1, 1]), torch.allclose(y[:, 0, 0], y[:, 0, 1]))
+def test_with_the_true_relation_pixels_of_a_class_have_one_context():
+    code = """
+contexts = []
+head.attention.register_forward_hook(lambda _, inputs, y: contexts.append(y))
+OCRHead.label = torch.tensor([[[0, 2], [1, 1]]])
+head(torch.randn(1, 6, 2, 2), torch.randn(1, 6, 2, 2))
+y = contexts[0][0]
+print([torch.equal(y[:, 1, 0], y[:, 1, 1]), torch.equal(y[:, 0, 0], y[:, 0, 1])])
 """
-    assert run_there(tmp_path, "-c", check) == "True False\n"
+    assert check("upper_bound", code) == [True, False]
 
 
-def test_another_width_is_a_line(tmp_path):
-    solve("width", tmp_path)
-    check = "from ocrnet.models import build_model; print(build_model('hr9s').backbone.transition1[0][0].weight.shape)"
-    assert run_there(tmp_path, "-c", check) == "torch.Size([9, 256, 3, 3])\n"
+def test_each_image_is_evaluated_with_its_own_label(data):
+    code = f"""
+from pathlib import Path
+from torch.nn.functional import one_hot
+from ocrnet.data.cityscapes import find_samples
+from ocrnet.data.datasets import EvalDataset
+from ocrnet.device import Accelerator
+from ocrnet.evaluation import evaluate
+predict = lambda model, image: one_hot(OCRHead.label.long(), 256)[..., :19].movedim(3, 1)
+samples = EvalDataset(find_samples(Path({str(data)!r}), "val"))
+print(evaluate(head, samples, 19, Accelerator("cpu"), predict, 2).pixel_accuracy())
+"""
+    assert check("ground_truth", code) == 1
 
 
-def test_what_is_measured_is_what_there_are_solutions_of():
-    solutions = {path.stem for path in (ROOT / "tests/exercises").iterdir()}
+def test_another_width_is_a_line():
+    code = """
+from ocrnet.models import build_model
+print(list(build_model("hr9s").backbone.transition1[0][0].weight.shape))
+"""
+    assert check("width", code) == [9, 256, 3, 3]
+
+
+def test_the_upper_bound_trains_and_is_evaluated(tmp_path, data):
+    solution, folder = FOLDER / "upper_bound.py", tmp_path / "run"
+    run(solution, *RUN, "--max-iters", 2, "--data-path", data, "--output-dir", folder)
+    assert len(entries(folder / "log.jsonl")) == 3
+    scores = tmp_path / "scores.json"
+    run(solution, "evaluate", "--ckpt", folder / "last.pt", "--data-path", data, "--device", "cpu", "--json", scores)
+    assert json.loads(scores.read_text())["mIoU"] == entries(folder / "log.jsonl")[-1]["mIoU"]
+
+
+def test_every_solution_is_measured():
+    solutions = {path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".json")} - {"ablation", "solution"}
     assert set(EXERCISES) == {"ocr", "fcn", *solutions}  # these two are flags alone

@@ -1,55 +1,78 @@
-"""Loss and schedule."""
+"""Losses and the learning rate schedule."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ocrnet.losses import hard_pixel_loss, ocr_loss, pixel_loss, poly_lr
+from ocrnet.losses import cross_entropy, ocr_loss, ohem_cross_entropy
+from ocrnet.schedule import poly_lr
+
+# ---- cross entropy ---------------------------------------------------------------------------------------------------
 
 
-def test_ignored_pixels_count_in_the_divisor_only():
+def test_cross_entropy_divides_by_all_pixels():
     logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     label[:, :, :2] = 255
-    scored = F.cross_entropy(logits, label, ignore_index=255)  # PyTorch's mean: over the scored half
-    torch.testing.assert_close(pixel_loss(logits, label), scored / 2)
+    of_valid_half = F.cross_entropy(logits, label, ignore_index=255)  # PyTorch's mean is over the valid pixels
+    torch.testing.assert_close(cross_entropy(logits, label), of_valid_half / 2)
 
 
-def test_a_crop_of_nothing_but_ignored_pixels_gives_zero():
+def test_crop_of_ignored_pixels_gives_zero():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss = pixel_loss(logits, torch.full((1, 4, 4), 255))
+    loss = cross_entropy(logits, torch.full((1, 4, 4), 255))
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().sum() == 0
 
 
 def test_half_precision_logits_are_summed_in_fp32():
     logits, label = torch.randn(1, 3, 64, 64), torch.randint(0, 3, (1, 64, 64))
-    loss = pixel_loss(logits.half(), label)
+    loss = cross_entropy(logits.half(), label)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, pixel_loss(logits.half().float(), label))
+    torch.testing.assert_close(loss, cross_entropy(logits.half().float(), label))
 
 
-def test_regions_weigh_two_fifths():
-    final, regions, label = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
-    loss, parts = ocr_loss((final, regions), label)
-    torch.testing.assert_close(parts, torch.stack([pixel_loss(final, label), pixel_loss(regions, label)]))
+def test_class_weights_multiply_the_loss_of_their_class():
+    logits, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    weights = torch.tensor([1.0, 0, 5])
+    per_pixel = F.cross_entropy(logits, label, reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, label, weights), (per_pixel * weights[label]).sum() / 16)
+
+
+# ---- both outputs ----------------------------------------------------------------------------------------------------
+
+
+def test_auxiliary_loss_weighs_two_fifths():
+    logits, region_logits, label = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    loss, parts = ocr_loss((logits, region_logits), label)
+    torch.testing.assert_close(
+        parts, torch.stack([cross_entropy(logits, label), cross_entropy(region_logits, label)]), rtol=0, atol=0
+    )
     torch.testing.assert_close(loss, parts[0] + 0.4 * parts[1])
 
 
-def test_a_single_output_has_the_final_loss_alone():
-    final, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
-    loss, parts = ocr_loss((final,), label)
-    assert torch.equal(loss, pixel_loss(final, label)) and torch.equal(parts, torch.stack([loss, torch.tensor(0.0)]))
+def test_single_output_has_only_the_final_loss():
+    logits, label = torch.randn(1, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (1, 4, 4))
+    loss, parts = ocr_loss((logits,), label)
+    assert torch.equal(loss, cross_entropy(logits, label)) and not parts.requires_grad
+    assert torch.equal(parts, torch.stack([loss.detach(), torch.tensor(0.0)]))
 
 
-def test_class_weights_multiply_each_classs_loss():
-    logits, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
-    weight = torch.tensor([1.0, 0, 5])
-    each = F.cross_entropy(logits, label, reduction="none")
-    torch.testing.assert_close(pixel_loss(logits, label, weight), (each * weight[label]).sum() / 16)
+def test_class_weights_apply_to_both_outputs():
+    logits, region_logits, label = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    weights = torch.tensor([1.0, 0, 5])
+    for ohem, final in (
+        (None, cross_entropy(logits, label, weights)),
+        (0.7, ohem_cross_entropy(logits, label, 0.7, class_weights=weights)),
+    ):
+        _, parts = ocr_loss((logits, region_logits), label, weights, ohem)
+        torch.testing.assert_close(parts, torch.stack([final, cross_entropy(region_logits, label, weights)]))
 
 
-def hard_by_sorting(logits, label, threshold, min_kept):
-    """As the authors' OhemCrossEntropy is described: sort, raise the threshold to keep enough, mean over the kept."""
+# ---- hard examples ---------------------------------------------------------------------------------------------------
+
+
+def ohem_by_sorting(logits, label, threshold, min_kept):
+    """The authors' OhemCrossEntropy: sort, raise the threshold to keep enough, mean of the kept."""
     pixels = [
         (logits[0, :, y, x].softmax(0)[label[0, y, x]].item(), logits[0, :, y, x].log_softmax(0)[label[0, y, x]].item())
         for y in range(8)
@@ -63,29 +86,38 @@ def hard_by_sorting(logits, label, threshold, min_kept):
 
 
 @pytest.mark.parametrize("threshold, min_kept", [(0.3, 1), (0.3, 20), (0.0, 7), (0.9, 5)])
-def test_hard_pixels_are_those_below_the_threshold_or_the_hardest(threshold, min_kept):
+def test_hard_pixels_are_below_the_threshold_or_the_hardest(threshold, min_kept):
     torch.manual_seed(0)
     logits, label = torch.randn(1, 3, 8, 8) * 2, torch.randint(0, 3, (1, 8, 8))
     label[0, :2] = 255
-    expected = hard_by_sorting(logits, label, threshold, min_kept)
-    assert hard_pixel_loss(logits, label, threshold, min_kept).item() == pytest.approx(expected, rel=1e-5)
+    expected = ohem_by_sorting(logits, label, threshold, min_kept)
+    assert ohem_cross_entropy(logits, label, threshold, min_kept).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_with_fewer_pixels_than_must_be_kept_all_count():
+def test_all_pixels_count_if_they_are_fewer_than_min_kept():
     logits, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
-    torch.testing.assert_close(hard_pixel_loss(logits, label, 0.0, min_kept=100), F.cross_entropy(logits, label))
-    assert hard_pixel_loss(logits, torch.full((1, 4, 4), 255), 0.7) == 0
+    torch.testing.assert_close(ohem_cross_entropy(logits, label, 0.0, min_kept=100), F.cross_entropy(logits, label))
+    assert ohem_cross_entropy(logits, torch.full((1, 4, 4), 255), 0.7) == 0
 
 
-def test_only_the_final_segmentation_is_held_to_its_hard_pixels():
-    final, regions, label = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
-    _, parts = ocr_loss((final, regions), label, ohem=0.7)
-    torch.testing.assert_close(parts, torch.stack([hard_pixel_loss(final, label, 0.7), pixel_loss(regions, label)]))
+def test_ohem_applies_only_to_the_final_output():
+    torch.manual_seed(0)
+    logits, region_logits = torch.randn(2, 1, 3, 4, 4)
+    label = torch.randint(0, 3, (1, 4, 4))
+    label[0, 0] = 255  # so that the two losses differ
+    _, parts = ocr_loss((logits, region_logits), label, ohem=0.7)
+    expected = torch.stack([ohem_cross_entropy(logits, label, 0.7), cross_entropy(region_logits, label)])
+    torch.testing.assert_close(parts, expected)
+    assert not torch.isclose(parts[0], cross_entropy(logits, label))
 
 
-def test_schedule_starts_at_lr_and_ends_at_the_floor():
+# ---- schedule --------------------------------------------------------------------------------------------------------
+
+
+def test_schedule_decays_from_lr_to_min_lr():
     # from mmengine 0.10.7's PolyLR(eta_min=1e-4, power=0.9, begin=0, end=40000, by_epoch=False) on SGD(lr=0.01)
     expected = {0: 0.01, 1: 0.009999777244152656, 20000: 0.005405159267651549, 39999: 1e-4}
     for t, lr in expected.items():
         assert poly_lr(0.01, t, 40_000) == pytest.approx(lr, rel=1e-9)
     assert poly_lr(0.01, 0, 1) == 0.01
+    assert poly_lr(0.02, 99, 100, min_lr=0.003) == pytest.approx(0.003, rel=1e-9)

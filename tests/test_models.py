@@ -1,18 +1,26 @@
-"""The network: sizes, names, and what the paper says of the gather and of the relation."""
+"""The network: shapes and names, and what the paper says of the gather and of the relation."""
 
 import hashlib
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ocrnet.errors import InputError
-from ocrnet.models import FCNHead, ObjectAttention, OCRHead, SpatialGather, build_model
+from ocrnet.losses import ocr_loss
+from ocrnet.models import BACKBONES, FCNHead, HRNet, ObjectAttention, OCRHead, SpatialGather, build_model
+from ocrnet.models.hrnet import conv_bn_relu
+
+# ---- sizes and names -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, count", [("hr18s", 6_378_496), ("hr18", 12_080_036), ("hr48", 70_371_446)])
+@pytest.mark.parametrize(
+    "name, count", [("hr18s", 6_378_496), ("hr18", 12_080_036), ("hr48", 70_371_446), ("r101", 55_516_294)]
+)
 def test_parameter_counts_are_mmsegmentations(name, count):
     with torch.device("meta"):
-        assert sum(p.numel() for p in build_model(name).parameters()) == count
+        model = build_model(name, deep_stem=name == "r101")
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 # sha256 of the sorted lines "NAME HxWx.." of the backbone's tensors in mmsegmentation 1.2.2's models of that name
@@ -26,30 +34,51 @@ def test_backbone_tensors_have_the_authors_names_and_shapes(name, digest):
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest().startswith(digest)
 
 
-def test_an_unknown_variant_is_refused_by_name():
-    with pytest.raises(InputError, match="hr19.*hr18s"):
-        build_model("hr19")
+@pytest.mark.parametrize("name, head, flag", [("hr19", "ocr", "--model"), ("hr18s", "psp", "--head")])
+def test_unknown_backbone_or_head_is_refused(name, head, flag):
+    with pytest.raises(InputError) as error:
+        build_model(name, head=head)
+    assert flag in str(error.value)
+
+
+def test_config_builds_the_same_model():
+    with torch.device("meta"):
+        model = build_model("r50", 5, align_corners=True, dropout=0.3, deep_stem=True, head="fcn")
+        again = build_model(**model.config)
+    assert str(again) == str(model) and again.config == model.config and again.align_corners
 
 
 @pytest.mark.parametrize("size", [(64, 128), (97, 161), (33, 70)])
-def test_logits_come_back_at_the_size_of_the_image(size):
+def test_logits_have_the_size_of_the_image(size):
     model = build_model("hr18s", num_classes=5).eval()
     with torch.inference_mode():
         logits, region_logits = model(torch.randn(1, 3, *size))
     assert logits.shape == region_logits.shape == (1, 5, *size)
 
 
-def test_backbone_gives_fifteen_widths_at_a_quarter():
+def test_align_corners_reaches_every_module():
+    model = build_model("hr18s", align_corners=True)
+    flags = [module.align_corners for module in model.modules() if hasattr(module, "align_corners")]
+    assert len(flags) > 5 and all(flags)
+    model.set_align_corners(False)
+    assert not any(module.align_corners for module in model.modules() if hasattr(module, "align_corners"))
+
+
+# ---- backbones -------------------------------------------------------------------------------------------------------
+
+
+def test_hrnet_gives_fifteen_widths_at_a_quarter():
     backbone = build_model("hr18s").backbone.eval()
     with torch.inference_mode():
         image = torch.randn(2, 3, 64, 96)
-        branches = backbone.branches(image)
-        regions, pixels = backbone(image)
+        branches = backbone.forward_branches(image)
+        region_features, features = backbone(image)
     assert [tuple(x.shape[1:]) for x in branches] == [(18, 16, 24), (36, 8, 12), (72, 4, 6), (144, 2, 3)]
-    assert regions.shape == (2, 15 * 18, 16, 24) and regions is pixels
+    assert features.shape == (2, 15 * 18, 16, 24) and region_features is features
+    assert torch.equal(features[:, :18], branches[0])
 
 
-def test_each_branch_of_a_module_hears_every_other():
+def test_each_branch_of_a_module_depends_on_every_other():
     module = build_model("hr18s").backbone.stage4[0].eval()
     x = [torch.randn(1, 18 * 2**i, 16 // 2**i, 16 // 2**i, requires_grad=True) for i in range(4)]
     for y in module(x):
@@ -57,17 +86,77 @@ def test_each_branch_of_a_module_hears_every_other():
         assert all(g.abs().sum() > 0 for g in gradients)
 
 
+def test_resnet_gives_stages_3_and_4_at_an_eighth():
+    with torch.device("meta"):
+        region_features, features = build_model("r50").backbone(torch.zeros(1, 3, 64, 96))
+    assert region_features.shape == (1, 1024, 8, 12) and features.shape == (1, 2048, 8, 12)
+
+
 def test_initial_weights_follow_the_recipe():
     torch.manual_seed(0)
     model = build_model("hr18")
     assert model.head.classifier[-1].weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert model.head.region_head[-1].weight.std().item() == pytest.approx(0.01, rel=0.05)
+    for classifier in (model.head.classifier, model.head.region_head):
+        assert not classifier[-1].bias.any()
     conv = model.head.pixel_head[0].weight  # Kaiming, fan out: sqrt(2 / (512 * 9))
     assert conv.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+    conv = model.backbone.stage4[0].branches[3][0].conv1.weight
+    assert conv.std().item() == pytest.approx((2 / (144 * 9)) ** 0.5, rel=0.01)
 
 
-def test_without_context_a_pixel_is_judged_by_its_own_features():
-    head = FCNHead(in_channels=6, channels=6, num_classes=3).eval()
+@pytest.mark.parametrize("head", ["ocr", "fcn"])
+def test_building_a_model_keeps_the_weights_of_its_backbone(head, monkeypatch):
+    backbone = HRNet(width=4, num_modules=(1, 1, 1), num_blocks=1)
+    for x in backbone.state_dict().values():
+        x.copy_(torch.randint(0, 9, x.shape))
+    before = {name: x.clone() for name, x in backbone.state_dict().items()}
+    monkeypatch.setitem(BACKBONES, "pretrained", lambda: backbone)
+    model = build_model("pretrained", 3, head=head)
+    after = model.backbone.state_dict()
+    assert model.backbone is backbone and before.keys() == after.keys()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+class ToyBackbone(nn.Module):
+    """All that models/ocrnet.py asks of a backbone."""
+
+    out_channels = (8, 8)
+    reduction, kernel_size = 1, 1
+    dropout = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(conv_bn_relu(3, 8, 3, stride=2), conv_bn_relu(8, 8, 3, stride=2))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layers(image)  # (B, 8, H/4, W/4)
+        return features, features
+
+
+@pytest.mark.parametrize("head", ["ocr", "fcn"])
+def test_new_backbone_trains(head, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "toy", ToyBackbone)
+    torch.manual_seed(0)
+    model = build_model("toy", num_classes=3, head=head)
+    label = torch.randint(0, 3, (2, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)  # (2, 32, 32)
+    image = nn.functional.one_hot(label, 3).movedim(3, 1) + 0.1 * torch.randn(2, 3, 32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(10):
+        loss, _ = ocr_loss(model(image), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# ---- the baseline ----------------------------------------------------------------------------------------------------
+
+
+def test_fcn_head_classifies_a_pixel_by_its_own_features():
+    head = FCNHead(in_channels=6, num_classes=3).eval()
     features = torch.randn(1, 6, 4, 5)
     changed = features.clone()
     changed[0, :, 1, 2] += 1
@@ -76,17 +165,15 @@ def test_without_context_a_pixel_is_judged_by_its_own_features():
 
 
 @pytest.mark.parametrize("name, count", [("hr18s", 3_939_309), ("r50", 32_955_987)])
-def test_the_backbone_alone_gives_one_output(name, count):
+def test_fcn_head_gives_one_output(name, count):
     with torch.device("meta"):
         model = build_model(name, head="fcn").eval()
         outputs = model(torch.zeros(1, 3, 64, 96))
     assert [tuple(x.shape) for x in outputs] == [(1, 19, 64, 96)]
     assert sum(p.numel() for p in model.parameters()) == count
-    with pytest.raises(InputError, match="no head 'psp': expected one of ocr, fcn"):
-        build_model(name, head="psp")
 
 
-# ---- the gather ----
+# ---- the gather ------------------------------------------------------------------------------------------------------
 
 
 def gather_by_loops(x, region_logits):
@@ -104,46 +191,54 @@ def gather_by_loops(x, region_logits):
 
 
 def test_gather_is_the_papers_weighted_mean_of_pixels():
-    x, m = torch.randn(2, 4, 3, 5, dtype=torch.float64), torch.randn(2, 3, 3, 5, dtype=torch.float64)
-    torch.testing.assert_close(SpatialGather()(x, m), gather_by_loops(x, m), rtol=1e-12, atol=1e-12)
+    x, region_logits = torch.randn(2, 4, 3, 5).double(), torch.randn(2, 3, 3, 5).double()
+    expected = gather_by_loops(x, region_logits)
+    torch.testing.assert_close(SpatialGather()(x, region_logits), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gathers_softmax_is_over_the_pixels_of_a_class():
-    x, m = torch.randn(1, 4, 3, 5), torch.randn(1, 3, 3, 5)
+def test_spatial_softmax_sums_to_one_over_the_pixels():
+    m = SpatialGather().spatial_softmax(torch.randn(2, 3, 4, 5).half())
+    assert m.shape == (2, 3, 20) and m.dtype == torch.float32  # (B, K, N)
+    torch.testing.assert_close(m.sum(2), torch.ones(2, 3))
+
+
+def test_gather_takes_its_softmax_over_the_pixels_of_a_class():
+    x, region_logits = torch.randn(1, 4, 3, 5), torch.randn(1, 3, 3, 5)
     gather = SpatialGather()
     constant = torch.ones_like(x) * 7
-    torch.testing.assert_close(gather(constant, m), torch.full((1, 4, 3, 1), 7.0))  # weights of a region sum to one
+    torch.testing.assert_close(gather(constant, region_logits), torch.full((1, 4, 3, 1), 7.0))
     shift = torch.randn(1, 3, 1, 1)  # the same for all pixels of a class: changes nothing
-    torch.testing.assert_close(gather(x, m + shift), gather(x, m))
+    torch.testing.assert_close(gather(x, region_logits + shift), gather(x, region_logits))
     shift = torch.randn(1, 1, 3, 5)  # the same for all classes of a pixel: does
-    assert not torch.allclose(gather(x, m + shift), gather(x, m), atol=1e-3)
+    assert not torch.allclose(gather(x, region_logits + shift), gather(x, region_logits), atol=1e-3)
 
 
-def test_a_region_of_one_pixel_is_that_pixel():
-    x, m = torch.randn(1, 4, 3, 5), torch.zeros(1, 2, 3, 5)
-    m[0, 1, 2, 3] = 100
-    torch.testing.assert_close(SpatialGather()(x, m)[0, :, 1, 0], x[0, :, 2, 3])
+def test_region_of_one_pixel_is_represented_by_that_pixel():
+    x, region_logits = torch.randn(1, 4, 3, 5), torch.zeros(1, 2, 3, 5)
+    region_logits[0, 1, 2, 3] = 100
+    torch.testing.assert_close(SpatialGather()(x, region_logits)[0, :, 1, 0], x[0, :, 2, 3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gather_runs_in_fp32_under_autocast(dtype):
-    x, m = torch.randn(1, 4, 64, 64).to(dtype), torch.randn(1, 3, 64, 64).to(dtype)
+    x, region_logits = torch.randn(1, 4, 64, 64).to(dtype), torch.randn(1, 3, 64, 64).to(dtype)
     with torch.autocast("cpu", dtype=dtype):
-        f = SpatialGather()(x, m)
+        f = SpatialGather()(x, region_logits)
     assert f.dtype == torch.float32
-    torch.testing.assert_close(f, SpatialGather()(x.float(), m.float()), rtol=0, atol=0)
+    torch.testing.assert_close(f, SpatialGather()(x.float(), region_logits.float()), rtol=0, atol=0)
 
 
-def test_permuting_the_classes_of_the_regions_permutes_the_representations():
-    x, m = torch.randn(1, 4, 3, 5), torch.randn(1, 3, 3, 5)
+def test_permuting_the_classes_permutes_the_representations():
+    x, region_logits = torch.randn(1, 4, 3, 5), torch.randn(1, 3, 3, 5)
     order = [2, 0, 1]
-    torch.testing.assert_close(SpatialGather()(x, m[:, order]), SpatialGather()(x, m)[:, :, order])
+    f = SpatialGather()(x, region_logits)
+    torch.testing.assert_close(SpatialGather()(x, region_logits[:, order]), f[:, :, order])
 
 
-# ---- the attention ----
+# ---- the attention ---------------------------------------------------------------------------------------------------
 
 
-def test_relation_is_a_softmax_over_classes_for_each_pixel():
+def test_relation_is_a_softmax_over_the_classes_for_each_pixel():
     attention = ObjectAttention(in_channels=8, key_channels=4).double().eval()
     x, f = torch.randn(2, 8, 3, 5).double(), torch.randn(2, 8, 6, 1).double()
     w = attention.relation(x, f)
@@ -151,11 +246,11 @@ def test_relation_is_a_softmax_over_classes_for_each_pixel():
     torch.testing.assert_close(w.sum(2), torch.ones(2, 15).double())
     q, k = attention.phi(x), attention.psi(f)
     for i, j in [(0, 0), (1, 3), (2, 4)]:
-        scores = torch.stack([(q[0, :, i, j] * k[0, :, c, 0]).sum() / 4**0.5 for c in range(6)])
-        torch.testing.assert_close(w[0, i * 5 + j], scores.exp() / scores.exp().sum())
+        kappa = torch.stack([(q[0, :, i, j] * k[0, :, c, 0]).sum() / 4**0.5 for c in range(6)])
+        torch.testing.assert_close(w[0, i * 5 + j], kappa.exp() / kappa.exp().sum())
 
 
-def test_context_is_the_relations_mean_of_region_values():
+def test_context_is_the_mean_of_region_values_weighted_by_the_relation():
     attention = ObjectAttention(in_channels=8, key_channels=4).double().eval()
     x, f = torch.randn(1, 8, 3, 5).double(), torch.randn(1, 8, 6, 1).double()
     w, v = attention.relation(x, f), attention.delta(f)
@@ -165,15 +260,51 @@ def test_context_is_the_relations_mean_of_region_values():
     torch.testing.assert_close(attention(x, f), attention.rho(expected))
 
 
-def test_permuting_the_classes_leaves_the_context_alone():
+def test_permuting_the_classes_keeps_the_context():
     attention = ObjectAttention(in_channels=8, key_channels=4).double().eval()
     x, f = torch.randn(1, 8, 3, 5).double(), torch.randn(1, 8, 6, 1).double()
     torch.testing.assert_close(attention(x, f[:, :, [3, 5, 0, 1, 4, 2]]), attention(x, f))
 
 
-def test_the_final_loss_reaches_the_regions_too():
-    head = OCRHead(in_channels=6, region_in_channels=6, region_channels=6, num_classes=3, channels=8, key_channels=4)
-    features = torch.randn(2, 6, 4, 4)
-    logits, _ = head(features, features)
+# ---- the head --------------------------------------------------------------------------------------------------------
+
+
+def small_head(**more):
+    return OCRHead(region_in_channels=6, in_channels=4, num_classes=3, channels=8, key_channels=4, **more)
+
+
+def test_head_follows_the_steps_of_the_paper():
+    head = small_head(reduction=2, kernel_size=3).eval()
+    region_features, features = torch.randn(2, 6, 4, 5), torch.randn(2, 4, 4, 5)
+    logits, region_logits = head(region_features, features)
+    x = head.pixel_head(features)
+    y = head.attention(x, head.gather(x, region_logits))
+    torch.testing.assert_close(region_logits, head.region_head(region_features))
+    torch.testing.assert_close(logits, head.classifier(head.g(torch.cat([y, x], 1))))
+    assert head.region_head[0][0].weight.shape == (3, 6, 3, 3)  # the hidden layer
+
+
+def test_dropout_drops_channels_before_each_classifier():
+    x = torch.ones(1, 6, 4, 4), torch.ones(1, 4, 4, 4)
+    for region_dropout, dropout, changes in ((0.0, 0.0, [False, False]), (0.0, 0.5, [True, False])):
+        head = small_head(region_dropout=region_dropout, dropout=dropout).eval()
+        for layer in (head.classifier[0], head.region_head[1]):
+            layer.train()
+        outputs = [head(*x) for _ in range(9)]
+        assert [any(not torch.equal(a, b) for b in others) for a, *others in zip(*outputs)] == changes
+    head = small_head(region_dropout=1.0)
+    assert not head(*x)[1].any()  # only the classifier's bias, 0, is left
+
+
+def test_final_loss_trains_the_region_logits_too():
+    head = small_head()
+    logits, _ = head(torch.randn(2, 6, 4, 4), torch.randn(2, 4, 4, 4))
     logits.square().mean().backward()
-    assert head.region_head[-1].weight.grad.abs().sum() > 0  # the region maps are not detached
+    assert head.region_head[-1].weight.grad.abs().sum() > 0  # region_logits are not detached
+
+
+def test_default_dropout_is_the_backbones():
+    with torch.device("meta"):
+        for name, dropout, expected in (("hr18s", None, (0, 0)), ("hr18s", 0.3, (0, 0.3)), ("r50", None, (0.1, 0.1))):
+            head = build_model(name, dropout=dropout).head
+            assert (head.region_head[1].p, head.classifier[0].p) == expected

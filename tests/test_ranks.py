@@ -1,4 +1,4 @@
-"""N processes of batch b are one process of batch N * b."""
+"""N processes with batch size b are equivalent to one process with batch size N * b."""
 
 import time
 
@@ -12,16 +12,16 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ocrnet.data.cityscapes import EndlessSampler, RandomCrops, find_samples
-from ocrnet.data.transforms import to_input
+from ocrnet.data.cityscapes import find_samples
+from ocrnet.data.datasets import InfiniteSampler, TrainDataset
+from ocrnet.data.transforms import preprocess
 from ocrnet.losses import ocr_loss
-from ocrnet.models import OCRHead, OCRNet, build_model
-from ocrnet.models.hrnet import HRNet
+from ocrnet.models import HRNet, OCRHead, OCRNet, build_model
 from ocrnet.sync_bn import SyncBatchNorm2d, convert_sync_bn
 
 
 def in_processes(work, folder, count, *args):
-    """Run work(rank, *args) in processes with a Gloo group; the results by rank."""
+    """Run work(rank, *args) in processes with a Gloo group. Return the results by rank."""
     mp.start_processes(_one, (work, folder, count, args), nprocs=count, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
@@ -34,97 +34,98 @@ def _one(rank, work, folder, count, args):
     dist.destroy_process_group()
 
 
-def batches(dtype, sizes):
-    """One batch a rank, of these numbers of images, with a large mean and a gradient for each."""
+# ---- synchronized BatchNorm ------------------------------------------------------------------------------------------
+
+CASES = [((2, 2), torch.float64), ((1, 1), torch.float64), ((3, 1), torch.float64), ((2, 2), torch.bfloat16)]
+
+
+def batches(sizes, dtype):
+    """x and dy of each rank, ``sizes`` images with a large mean."""
     torch.manual_seed(0)
-    return [(torch.randn(b, 3, 4, 5, dtype=dtype) * 2 + 30, torch.randn(b, 3, 4, 5, dtype=dtype)) for b in sizes]
+    return [((torch.randn(b, 3, 4, 5) * 2 + 30).to(dtype), torch.randn(b, 3, 4, 5).to(dtype)) for b in sizes]
 
 
-def layer(kind, dtype):
-    bn = kind(3).to(dtype)
-    bn.weight.data = torch.tensor([0.5, 1, 2], dtype=dtype)
-    bn.bias.data = torch.tensor([1, 0, -1], dtype=dtype)
-    return bn
+def forward_backward(cls, x, dy):
+    """y, dx, the parameters' gradients and the state of a layer, in fp64, or for bf16 in fp32 under autocast."""
+    bn = cls(3).to(torch.promote_types(x.dtype, torch.float32))
+    bn.weight.data.copy_(torch.tensor([0.5, 1, 2]))
+    bn.bias.data.copy_(torch.tensor([1, 0, -1]))
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+        y = bn(x)
+    y.backward(dy)
+    return y.detach(), x.grad, torch.stack([bn.weight.grad, bn.bias.grad]), bn.state_dict()
 
 
-def forward_backward(rank, x, dy):
-    bn = layer(SyncBatchNorm2d, x[rank].dtype)
-    input = x[rank].requires_grad_()
-    y = bn(input)
-    y.backward(dy[rank])
-    return y.detach(), input.grad, bn.weight.grad, bn.bias.grad, bn.state_dict()
+def sync_bn(rank):
+    return [forward_backward(SyncBatchNorm2d, *batches(*case)[rank]) for case in CASES]
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), (1, 1), (3, 1)])
-def test_sync_bn_is_batch_norm_of_the_joined_batch(tmp_path, sizes):
-    x, dy = zip(*batches(torch.float64, sizes))
-    bn = layer(nn.BatchNorm2d, torch.float64)
-    joined = torch.cat(x).requires_grad_()
-    y = bn(joined)
-    y.backward(torch.cat(dy))
-    ranks = in_processes(forward_backward, tmp_path, 2, x, dy)
-    torch.testing.assert_close(torch.cat([r[0] for r in ranks]), y.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.cat([r[1] for r in ranks]), joined.grad, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(ranks[0][2] + ranks[1][2], bn.weight.grad, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ranks[0][3] + ranks[1][3], bn.bias.grad, rtol=1e-12, atol=1e-12)
-    for rank in ranks:
-        for name, value in bn.state_dict().items():
-            torch.testing.assert_close(rank[4][name], value, rtol=1e-12, atol=1e-12)
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    """For each case ``forward_backward`` of the two ranks."""
+    ranks = in_processes(sync_bn, tmp_path_factory.mktemp("ranks"), 2)
+    return dict(zip(CASES, zip(*ranks)))
 
 
-def under_autocast(rank, x, dy):
-    bn = layer(SyncBatchNorm2d, torch.float32)
-    input = x[rank].bfloat16().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = bn(input)
-    y.backward(dy[rank].bfloat16())
-    return y.detach(), input.grad, bn.running_mean, bn.running_var
+@pytest.mark.parametrize("case", CASES[:3])
+def test_sync_bn_is_batch_norm_of_the_joined_batch(of_ranks, case):
+    x, dy = (torch.cat(tensors) for tensors in zip(*batches(*case)))
+    y, dx, gradients, state = forward_backward(nn.BatchNorm2d, x, dy)
+    ys, dxs, local_gradients, states = zip(*of_ranks[case])
+    torch.testing.assert_close(torch.cat(ys), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat(dxs), dx, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(sum(local_gradients), gradients, rtol=1e-12, atol=1e-12)
+    for of_rank in states:
+        torch.testing.assert_close(of_rank, state, rtol=1e-12, atol=1e-12)
 
 
-def test_sync_bn_under_autocast_keeps_its_statistics_in_fp32(tmp_path):
-    x, dy = zip(*batches(torch.float32, (2, 2)))
-    bn = layer(nn.BatchNorm2d, torch.float32)
-    joined = torch.cat(x).bfloat16().requires_grad_()
-    y = bn(joined)
-    y.backward(torch.cat(dy).bfloat16())
-    ranks = in_processes(under_autocast, tmp_path, 2, x, dy)
-    assert ranks[0][0].dtype == torch.bfloat16 and ranks[0][2].dtype == torch.float32
-    torch.testing.assert_close(torch.cat([r[0] for r in ranks]), y.detach())
-    torch.testing.assert_close(torch.cat([r[1] for r in ranks]), joined.grad, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(ranks[1][2], bn.running_mean)
-    torch.testing.assert_close(ranks[1][3], bn.running_var)
+def test_sync_bn_under_autocast_keeps_its_statistics_in_fp32(of_ranks):
+    x, dy = (torch.cat(tensors) for tensors in zip(*batches(*CASES[3])))
+    y, dx, _, state = forward_backward(nn.BatchNorm2d, x, dy)
+    ys, dxs, _, states = zip(*of_ranks[CASES[3]])
+    assert ys[0].dtype == torch.bfloat16 and states[0]["running_mean"].dtype == torch.float32
+    torch.testing.assert_close(torch.cat(ys), y)
+    torch.testing.assert_close(torch.cat(dxs), dx, rtol=0.02, atol=0.02)
+    for of_rank in states:
+        torch.testing.assert_close(of_rank, state)
 
 
-def test_conversion_keeps_weights_and_names_and_evaluates_alike():
+def test_conversion_keeps_weights_names_and_results():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model(torch.randn(2, 3, 8, 8))  # so that the running statistics are not those of a new layer
     x = torch.randn(2, 3, 8, 8)
-    before, expected = model.state_dict(), model.eval()(x)
+    before, expected = {name: value.clone() for name, value in model.state_dict().items()}, model.eval()(x)
     convert_sync_bn(model)
     assert type(model[1]) is SyncBatchNorm2d
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
     assert torch.equal(model(x), expected)
-    assert torch.equal(model.train()(x), nn.BatchNorm2d(4)(model[0](x)))  # without a group: plain BatchNorm
+    assert torch.equal(model.train()(x), nn.BatchNorm2d(4)(model[0](x)))  # without a process group: BatchNorm
 
 
-def tiny():
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def tiny_model():
     torch.manual_seed(0)
-    head = OCRHead(60, 60, 60, num_classes=3, channels=8, key_channels=4)
+    head = OCRHead(60, 60, num_classes=3, channels=8, key_channels=4)
     return OCRNet(HRNet(width=4, num_modules=(1, 1, 1), num_blocks=1), head)
 
 
-def some_steps(rank, root, dtype, world_size, batch_size, workers, lr=0.01, steps=3, seed=0):
-    """SGD steps on this rank's share of global batches of four random crops, as train.py takes them."""
-    model = tiny().to(dtype)
+def train_steps(rank, root, dtype, world_size, batch_size, workers, lr=0.01, steps=3, seed=0):
+    """SGD steps, as in train.py, on this rank's share of global batches of four crops."""
+    model = tiny_model().to(dtype)
     if world_size > 1:
         convert_sync_bn(model)
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    crops = RandomCrops(find_samples(root, "train"), (64, 96), seed)
-    sampler = EndlessSampler(len(crops), seed, rank, world_size)
-    batches = iter(DataLoader(crops, batch_size, sampler=sampler, num_workers=workers))
+    dataset = TrainDataset(find_samples(root, "train"), (64, 96), seed)
+    sampler = InfiniteSampler(len(dataset), seed, rank, world_size)
+    batches = iter(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers))
     for _ in range(steps):
-        photo, label, colour = next(batches)
-        loss, _ = ocr_loss(wrapped(to_input(photo, colour).to(dtype)), label.long().clamp(max=2))
+        image, label, photometric = next(batches)
+        loss, _ = ocr_loss(wrapped(preprocess(image, photometric).to(dtype)), label.long().clamp(max=2))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -132,33 +133,33 @@ def some_steps(rank, root, dtype, world_size, batch_size, workers, lr=0.01, step
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(2, 1), (4, 0)])
-def test_several_processes_take_the_steps_of_one_with_the_whole_batch(data, tmp_path, world_size, workers):
-    alone = some_steps(0, data, torch.float64, 1, 4, 2)
+def test_several_processes_are_equivalent_to_one_with_the_global_batch(data, tmp_path, world_size, workers):
+    alone = train_steps(0, data, torch.float64, 1, 4, 2)
     sizes = world_size, 4 // world_size, workers
-    for rank in in_processes(some_steps, tmp_path, world_size, data, torch.float64, *sizes):
+    for rank in in_processes(train_steps, tmp_path, world_size, data, torch.float64, *sizes):
         for name, value in alone.items():
             torch.testing.assert_close(rank[name], value, rtol=1e-10, atol=1e-10, msg=name)
 
 
-def three_steps_in_fp32(rank, root, *sizes):
-    return [some_steps(rank, root, torch.float32, *sizes, steps=1, seed=seed) for seed in range(3)]
+def one_step_of_three_runs_in_fp32(rank, root, *sizes):
+    return [train_steps(rank, root, torch.float32, *sizes, steps=1, seed=seed) for seed in range(3)]
 
 
-def test_in_fp32_they_do_so_up_to_rounding(data, tmp_path):
-    # one step each: now and then rounding turns a ReLU, in one process as in two, and later steps part by 3e-4
-    alone = three_steps_in_fp32(0, data, 1, 4, 0)
-    for one, *two in zip(alone, *in_processes(three_steps_in_fp32, tmp_path, 2, data, 2, 2, 0)):
-        assert all(torch.equal(two[0][name], value) for name, value in two[1].items())  # to the bit between them
+def test_in_fp32_they_are_equivalent_up_to_rounding(data, tmp_path):
+    # One step each: rounding sometimes turns a ReLU, in one process as in two, and later steps then differ by 3e-4.
+    alone = one_step_of_three_runs_in_fp32(0, data, 1, 4, 0)
+    for one, *two in zip(alone, *in_processes(one_step_of_three_runs_in_fp32, tmp_path, 2, data, 2, 2, 0)):
+        assert all(torch.equal(two[0][name], value) for name, value in two[1].items())  # bitwise between the two
         weights = [torch.cat([x.flatten() for x in state.values()]) for state in (one, two[0])]
         assert (weights[0] - weights[1]).norm() < 1e-5 * weights[0].norm()
 
 
-# ---- accumulation ----
+# ---- gradient accumulation -------------------------------------------------------------------------------------------
 
 
-def test_accumulated_batches_make_the_step_of_the_large_one_where_their_statistics_are_alike(script, data, tmp_path):
-    # two pictures that are their own mirror images: every two crops in a row are these two, and with seed 3 each
-    # process has the same one twice
+def test_accumulated_batches_are_equivalent_to_one_with_the_same_statistics(script, data, tmp_path):
+    # Two images that are symmetric: any two crops in a row are these two, so each batch has the same statistics. With
+    # seed 3 each process gets one of them twice.
     for folder, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelTrainIds")):
         for split in ("train", "val"):
             for i, source in enumerate(sorted(data.glob(f"{folder}/{split}/*/*_{ending}.png"))[:2]):
@@ -166,9 +167,11 @@ def test_accumulated_batches_make_the_step_of_the_large_one_where_their_statisti
                 target = tmp_path / folder / split / "a" / f"a_{i}_0_{ending}.png"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.concatenate([half, half[:, ::-1]], axis=1)).save(target)
-    flags = [*RUN, "--crop", 64, 128, "--scales", 1, 1, "--no-colour", "--iters", 1, "--data", tmp_path, "--seed", 3]
-    script("train.py", *flags, "--batch-size", 4, "--out", tmp_path / "large")
-    script("train.py", *flags, "--batch-size", 1, "--accumulate", 2, "--out", tmp_path / "small", processes=2)
+    flags = [*RUN, "--crop-size", 64, 128, "--scale-range", 1, 1, "--no-color-jitter", "--max-iters", 1, "--seed", 3]
+    flags += ["--data-path", tmp_path]
+    script("train.py", *flags, "--batch-size", 4, "--output-dir", tmp_path / "large")
+    accumulated = ["--batch-size", 1, "--accum-steps", 2, "--output-dir", tmp_path / "small"]
+    script("train.py", *flags, *accumulated, processes=2)
     torch.manual_seed(3)
     start = build_model("hr18s").state_dict()
     steps, losses = [], []
@@ -177,5 +180,5 @@ def test_accumulated_batches_make_the_step_of_the_large_one_where_their_statisti
         steps.append(torch.cat([(state[key] - x).flatten() for key, x in start.items() if key.endswith("weight")]))
         losses.append(entries(tmp_path / name / "log.jsonl")[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    # a gradient in fp32 through this net at random weights is good to about one percent
+    # the gradient of this network at random weights is accurate to about one percent in fp32
     assert (steps[0] - steps[1]).norm() < 0.05 * steps[0].norm()

@@ -40,41 +40,19 @@ def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarra
     return (phase >= start) & (phase < stop)
 
 
-def plain(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.ones_like(a)
-
-
-def tiles(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # sidewalk: paving stones
-    return np.where(within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06)
-
-
-def windows(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # building: a grid of panes
-    return np.where(within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05)
-
-
-def bricks(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # wall: rows, every other one shifted
-    row = np.floor(b / 0.35)
-    return np.where(within(b, 0.35, 0, 0.2) | within(a + 0.4 * row, 0.8, 0, 0.12), 0.7, 1.05)
-
-
-def bars(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # fence: uprights and two rails, dark between
-    return np.where(within(a, 0.5, 0, 0.4) | within(b, 0.7, 0, 0.2), 1.2, 0.5)
-
-
-def sleepers(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # rail track
-    return np.where(within(b, 0.8, 0, 0.4), 0.7, 1.1)
-
-
-def panes(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # bus and train: a row of windows at eye level
-    return np.where((b > 1.5) & (b < 2.4) & within(a, 1.2, 0.12, 0.9), 0.35, 1.0)
-
-
-def planks(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # truck: the ribs of a box without windows
-    return np.where(within(a, 0.45, 0, 0.15), 0.82, 1.0)
-
-
-def spokes(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # bicycle
-    return np.where(within(a + b, 0.22, 0, 0.45), 0.35, 1.1)
+TEXTURES: dict[str, Texture] = {
+    "plain": lambda a, b: np.ones_like(a),
+    "tiles": lambda a, b: np.where(within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06),  # sidewalk
+    "windows": lambda a, b: np.where(within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05),  # building
+    "bricks": lambda a, b: np.where(  # wall: rows, every other one shifted
+        within(b, 0.35, 0, 0.2) | within(a + 0.4 * np.floor(b / 0.35), 0.8, 0, 0.12), 0.7, 1.05
+    ),
+    "bars": lambda a, b: np.where(within(a, 0.5, 0, 0.4) | within(b, 0.7, 0, 0.2), 1.2, 0.5),  # fence
+    "sleepers": lambda a, b: np.where(within(b, 0.8, 0, 0.4), 0.7, 1.1),  # rail track
+    "panes": lambda a, b: np.where((b > 1.5) & (b < 2.4) & within(a, 1.2, 0.12, 0.9), 0.35, 1.0),  # bus and train
+    "planks": lambda a, b: np.where(within(a, 0.45, 0, 0.15), 0.82, 1.0),  # truck
+    "spokes": lambda a, b: np.where(within(a + b, 0.22, 0, 0.45), 0.35, 1.1),  # bicycle
+}
 
 
 # ---- the painter -----------------------------------------------------------------------------------------------------
@@ -118,7 +96,7 @@ class Scene:
         label: str | None,
         points: Sequence[Point],
         color: Sequence[float],
-        texture: Texture = plain,
+        texture: str = "plain",
         roughness: float = 0.04,
         patches: float = 0.08,
         deleted: bool = False,
@@ -144,7 +122,7 @@ class Scene:
         inside = np.asarray(mask)
         area = (slice(top, bottom), slice(left, right))
         a, b, depth = self.world(points, self.x[area][inside], self.y[area][inside])
-        shade = texture(a, b) + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
+        shade = TEXTURES[texture](a, b) + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
         fog = np.exp(-self.haze * depth)[:, None]
         self.image[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
 
@@ -163,17 +141,17 @@ class Scene:
 
     # label, color, texture and noise (roughness, patches) are those of ``paint``; the rest is in meters
 
-    def front(self, label, x, y, width, height, z, color, texture=plain, **noise) -> None:
+    def front(self, label, x, y, width, height, z, color, texture="plain", **noise) -> None:
         """A rectangle that faces the camera, its lower left corner at (x, y, z)."""
         corners = [(x, y, z), (x + width, y, z), (x + width, y + height, z), (x, y + height, z)]
         self.paint(label, corners, color, texture, **noise)
 
-    def side(self, label, x, z, length, height, color, texture=plain, y=0.0, **noise) -> None:
+    def side(self, label, x, z, length, height, color, texture="plain", y=0.0, **noise) -> None:
         """A rectangle along the street, from depth z to z + length."""
         corners = [(x, y, z), (x, y, z + length), (x, y + height, z + length), (x, y + height, z)]
         self.paint(label, corners, color, texture, **noise)
 
-    def ground(self, label, x0, x1, z0, z1, color, texture=plain, **noise) -> None:
+    def ground(self, label, x0, x1, z0, z1, color, texture="plain", **noise) -> None:
         """A rectangle on the ground."""
         self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **noise)
 
@@ -247,8 +225,8 @@ def two_wheeler(scene: Scene, x: float, z: float, label: str, ridden: bool) -> N
         scene.paint("rider", outline(disc(0.1, 1.75, 0.17, 8), x, z, flip), (185, 145, 120))
     if label == "bicycle":
         for u in (-0.55, 0.55):
-            scene.paint(label, outline(disc(u, 0.36, 0.36), x, z, flip), color * 0.6, spokes)
-        scene.paint(label, outline([(-0.55, 0.3), (0.55, 0.3), (0.5, 0.95), (-0.3, 0.85)], x, z, flip), color, spokes)
+            scene.paint(label, outline(disc(u, 0.36, 0.36), x, z, flip), color * 0.6, "spokes")
+        scene.paint(label, outline([(-0.55, 0.3), (0.55, 0.3), (0.5, 0.95), (-0.3, 0.85)], x, z, flip), color, "spokes")
     else:
         body = [(-0.8, 0.4), (0.8, 0.4), (0.65, 1.1), (0.3, 0.9), (-0.75, 0.95)]
         scene.paint(label, outline(body, x, z, flip), color)
@@ -263,10 +241,10 @@ def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
     """A box on wheels: its side that can be seen, then its front."""
     rng, color = scene.rng, vivid(scene.rng)
     width, height, length, texture = {
-        "car": (1.8, 0.85, 4.0, plain),
-        "truck": (2.5, 3.3, 7.5, planks),
-        "bus": (2.5, 3.0, 11.0, panes),
-        "train": (2.8, 3.7, 30.0, panes),
+        "car": (1.8, 0.85, 4.0, "plain"),
+        "truck": (2.5, 3.3, 7.5, "planks"),
+        "bus": (2.5, 3.0, 11.0, "panes"),
+        "train": (2.8, 3.7, 30.0, "panes"),
     }[label]
     near = x if x > 0 else x + width  # the side toward the middle of the street
     scene.ground(None, x - 0.2, x + width + 0.2, z - 0.2, z + length, np.full(3, 35), roughness=0.02)
@@ -324,12 +302,12 @@ def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
     if kind == "building":
         height, color = rng.uniform(6, 16), gray(rng)
         end = color * (1.7 - light)  # the end wall, lit when the front is not
-        scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, end, windows)
-        scene.side(kind, x, z, length, height, color * light, windows)
+        scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, end, "windows")
+        scene.side(kind, x, z, length, height, color * light, "windows")
     elif kind == "wall":
-        scene.side(kind, x, z, length, rng.uniform(2.0, 3.6), gray(rng) * light, bricks)
+        scene.side(kind, x, z, length, rng.uniform(2.0, 3.6), gray(rng) * light, "bricks")
     elif kind == "fence":
-        scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), gray(rng) * light, bars)
+        scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), gray(rng) * light, "bars")
     elif kind == "hedge":
         scene.side("vegetation", x, z, length, rng.uniform(1.5, 5), green(rng) * light, roughness=0.2, patches=0.2)
 
@@ -354,7 +332,7 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
     scene.ground("road", -half, half, NEAR, 150, ground, roughness=0.07)
     for side in (-1, 1):
         inner, outer = sorted((side * half, side * edge))
-        scene.ground("sidewalk", inner, outer, NEAR, 150, ground * rng.uniform(0.85, 1.2), tiles)
+        scene.ground("sidewalk", inner, outer, NEAR, 150, ground * rng.uniform(0.85, 1.2), "tiles")
     dash = rng.uniform(2, 4)
     for z in np.arange(rng.uniform(2, 5), 60, 2 * dash):  # lane markings are road
         scene.ground(None, -0.09, 0.09, z, z + dash, np.full(3, 205))
@@ -371,7 +349,7 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
             facade(scene, kind, x, z, length)
     if rails:
         x, z = rails * (edge + 0.4 + 2.8 / 2) - 2.8 / 2, rng.uniform(7, 25)
-        scene.ground("rail track", x - 0.3, x + 3.1, NEAR, 150, np.array([110, 100, 95]), sleepers)
+        scene.ground("rail track", x - 0.3, x + 3.1, NEAR, 150, np.array([110, 100, 95]), "sleepers")
         vehicle(scene, "train", x, z)
 
     things = []  # (depth, how to paint it); nearest last

@@ -8,8 +8,8 @@ Paper: "Deep High-Resolution Representation Learning for Visual Recognition", ht
     1/16                                 +-> branch 2 -> branch 2 -->  4C
     1/32                                             +-> branch 3 -->  8C
 
-A stage is a sequence of HRModules. In an HRModule the branches run in parallel, each at its own resolution, and a fuse
-adds all of them to each of them. A transition opens the next, coarser branch. The fuse, with R_i the representation of
+A stage is a sequence of HRModules. In an HRModule the branches run in parallel, each at its own resolution, and the
+fuse adds all branches to each. A transition adds the next, coarser branch. The fuse, with R_i the representation of
 branch i:
 
     R_i <- ReLU( sum_j f_ji(R_j) ),   f_ji: identity for j = i, stride-2 3x3 convolutions down, 1x1 and bilinear up

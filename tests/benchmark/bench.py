@@ -1,18 +1,20 @@
-"""How fast: a training step, the loader and evaluation, on this machine.
+"""Benchmark: a training step, the data loader and evaluation on this machine.
 
-    python tests/bench.py                                             hr18, one 512x1024 crop, fp32 and bf16
-    python tests/bench.py --model hr18s --crop 256 512 --batch-size 1 2 4 --dtype fp32
-    python tests/bench.py --only loader
-    python tests/bench.py --only growth --plot cost.png               how a step's time grows with what
+    python tests/benchmark/bench.py                                       hr18, one 512x1024 crop, fp32 and bf16
+    python tests/benchmark/bench.py --model hr18s --crop-size 256 512 --batch-size 1 2 4 --dtype fp32
+    python tests/benchmark/bench.py --only loader
+    python tests/benchmark/bench.py --only growth --plot cost.png         time per step against batch, crop, model
 
-Where mmsegmentation 1.2.2 is installed as well (pip install mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0
-ftfy regex), its step, its pipeline and its prediction are timed beside ours: each in a process of its own, in turns, so
-that whatever else the machine does falls on both. Every figure is the median of --repeat turns.
+If mmsegmentation 1.2.2 is installed (see mmsegmentation/peer.py), its step, pipeline and prediction are measured too.
+Each implementation runs in a process of its own, and they take turns, so that other load on the machine affects both.
+Times are medians of --repeat turns.
 
-A step is everything from the uint8 batch on: colour change (which is in the peer's loader) and normalising, forward,
-loss, backward, optimizer. GFLOP are ours, of convolutions and matrix products, two a multiply-add, both ways;
-"of best" is the share of what this machine reaches in a single 3x3 convolution of 256 channels, the better of two
-layouts. Memory is the process's peak less what it held before the model was built.
+A step begins with the uint8 batch: photometric distortion (which the peer has in its loader), normalization, forward,
+loss, backward, optimizer. GFLOP are those of our convolutions and matrix products, forward and backward, with two per
+multiply-add. "of best" is relative to a single 3x3 convolution of 256 channels in the better of two memory formats.
+Memory is the peak of the process minus what it held before the model was built.
+
+Notation: B batch, H W the crop's size.
 """
 
 import argparse
@@ -35,12 +37,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from ocrnet.data.cityscapes import RandomCrops, find_samples, pack_samples, write_missing_train_ids  # noqa: E402
+from mmsegmentation.peer import build_peer, load_config  # noqa: E402
+
+from ocrnet.data.cityscapes import find_samples, write_missing_train_ids  # noqa: E402
+from ocrnet.data.datasets import TrainDataset  # noqa: E402
+from ocrnet.data.packed import pack_samples  # noqa: E402
 from ocrnet.data.synthetic import street  # noqa: E402
-from ocrnet.data.transforms import draw_colour, to_input  # noqa: E402
+from ocrnet.data.transforms import preprocess, sample_photometric  # noqa: E402
 from ocrnet.device import Accelerator  # noqa: E402
 from ocrnet.inference import predict  # noqa: E402
 from ocrnet.losses import ocr_loss  # noqa: E402
@@ -51,26 +57,26 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HAS_PEER = importlib.util.find_spec("mmseg") is not None
 
 
-# ---- what is timed: classes with the same methods, each run in a process of its own ---------------------------------
+# ---- what is measured: classes with the same methods, each run in a process of its own -------------------------------
 
 
 def reset_peak() -> float:
-    """Begin to measure the memory's peak: -> MiB that this process holds now."""
+    """Reset the peak of ``peak_memory``. Return the MiB that this process holds now."""
     if not os.path.exists("/proc/self/clear_refs"):
-        return peak()
+        return peak_memory()
     Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def peak() -> float:
-    """MiB that this process held at most: since ``reset_peak`` on Linux, elsewhere since its start."""
+def peak_memory() -> float:
+    """Peak MiB of this process: on Linux since ``reset_peak``, elsewhere since its start."""
     if os.path.exists("/proc/self/status"):
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Clock:
-    """Seconds between its ticks, once the device has finished."""
+    """Seconds between its ticks. A tick waits for the device."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -89,10 +95,9 @@ class Clock:
 class Ours:
     def __init__(self, case: dict):
         self.case = case
-        self.accelerator = Accelerator(case["device"])
-        self.device, self.dtype = self.accelerator.device, DTYPES[case["dtype"]]
-        if self.dtype != torch.float32:
-            self.accelerator.kind = self.accelerator.kind._replace(amp_dtype=self.dtype)
+        amp = case["dtype"] != "fp32"
+        self.accelerator = Accelerator(case["device"], amp, case["dtype"] if amp else None)
+        self.device = self.accelerator.device
         self.layout = torch.channels_last if case["layout"] == "channels_last" else torch.contiguous_format
 
     def build(self) -> None:
@@ -103,18 +108,15 @@ class Ours:
 
     def prepare_step(self) -> None:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        B, (H, W) = self.case["batch"], self.case["crop"]
-        self.photo = torch.randint(0, 256, (B, 3, H, W), dtype=torch.uint8, device=self.device)
+        B, (H, W) = self.case["batch"], self.case["crop_size"]
+        self.image = torch.randint(0, 256, (B, 3, H, W), dtype=torch.uint8, device=self.device)
         self.label = torch.randint(0, 19, (B, H, W), device=self.device)
         rng = random.Random(0)
-        self.colour = torch.tensor([draw_colour(rng) for _ in range(B)], device=self.device)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        self.photometric = torch.tensor([sample_photometric(rng) for _ in range(B)], device=self.device)
 
     def loss(self) -> torch.Tensor:
-        image = to_input(self.photo, self.colour).contiguous(memory_format=self.layout)
-        with self.autocast():
+        image = preprocess(self.image, self.photometric).contiguous(memory_format=self.layout)
+        with self.accelerator.autocast():
             outputs = self.model(image)
         return ocr_loss(outputs, self.label)[0]
 
@@ -132,29 +134,27 @@ class Ours:
     def evaluate(self) -> list[float]:
         self.model.eval()
         clock = Clock(self.device)
-        H, W = self.case["crop"]
-        label = torch.randint(0, 19, (1, H, W), device=self.device)
         confusion = ConfusionMatrix(19, self.device)
-        prediction = predict(self.model, self.photo[:1].cpu(), self.accelerator, self.dtype != torch.float32)
-        confusion.update(label, prediction.argmax(1))
+        prediction = predict(self.model, self.image[:1].cpu(), self.accelerator)
+        confusion.update(self.label[:1], prediction.argmax(1))
         clock.tick()
         return clock.seconds()
 
     def prepare_loader(self) -> None:
         samples = find_samples(Path(self.case["data"]), "train")
-        self.crops = RandomCrops(samples, self.case["crop"], seed=0)
+        self.dataset = TrainDataset(samples, self.case["crop_size"], seed=0)
         self.index = 0
 
     def load(self) -> list[float]:
         clock = Clock(torch.device("cpu"))
-        self.crops[self.index // len(self.crops), self.index % len(self.crops)]
+        self.dataset[divmod(self.index, len(self.dataset))]  # (epoch, index)
         self.index += 1
         clock.tick()
         return clock.seconds()
 
 
 class Packed(Ours):
-    """Ours, reading the copies that ``prepare_cityscapes.py --pack`` makes."""
+    """Ours, reading the copies of ``prepare_cityscapes.py --pack``."""
 
     def prepare_loader(self) -> None:
         self.case["data"] = self.case["packed"]
@@ -162,58 +162,25 @@ class Packed(Ours):
 
 
 class Peer(Ours):
-    """mmsegmentation's OCRNet of the same name: its loss, pipeline and prediction, as its runner calls them."""
+    """mmsegmentation's OCRNet of the same name: its loss, pipeline and prediction, called as its runner does."""
 
     def __init__(self, case: dict):
         super().__init__(case)
-        import types
-        import warnings
-
-        warnings.filterwarnings("ignore")
-
-        class Stub(types.ModuleType):  # mmcv-lite has no compiled operators; OCRNet uses none
-            def __getattr__(self, name):
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return type(name, (nn.Module,), {})
-
-        if importlib.util.find_spec("mmcv._ext") is None:
-            sys.modules["mmcv.ops"] = Stub("mmcv.ops")
-        import mmseg
-        import mmseg.datasets
-        import mmseg.models
-        from mmengine.config import Config
-        from mmengine.registry import init_default_scope
-
-        init_default_scope("mmseg")
-        variant = {"r101": "r101-d8"}.get(case["model"], case["model"])
-        configs = Path(mmseg.__file__).parent / ".mim/configs/ocrnet"
-        self.config = Config.fromfile(str(configs / f"ocrnet_{variant}_4xb2-40k_cityscapes-512x1024.py"))
+        self.config = load_config(case["model"])
 
     def build(self) -> None:
         from mmengine.structures import PixelData
-        from mmseg.registry import MODELS
         from mmseg.structures import SegDataSample
 
-        def plain_batch_norm(node):
-            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-                if key == "norm_cfg" and value:
-                    value["type"] = "BN"
-                elif isinstance(value, (dict, list)):
-                    plain_batch_norm(value)
-
-        self.config.model.pretrained = None
-        self.config.model.data_preprocessor.size = tuple(self.case["crop"])
-        plain_batch_norm(self.config.model)
-        self.model = MODELS.build(self.config.model).to(self.device).train()
+        self.model = build_peer(self.config, self.case["crop_size"]).to(self.device)
         self.prepare_step()
-        shape = tuple(self.case["crop"])
+        shape = tuple(self.case["crop_size"])
         meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape)
         self.samples = [SegDataSample(gt_sem_seg=PixelData(data=y[None]), metainfo=meta) for y in self.label]
 
     def loss(self) -> torch.Tensor:
-        data = self.model.data_preprocessor(dict(inputs=list(self.photo), data_samples=self.samples), True)
-        with self.autocast():
+        data = self.model.data_preprocessor(dict(inputs=list(self.image), data_samples=self.samples), True)
+        with self.accelerator.autocast():
             losses = self.model(**data, mode="loss")
         return self.model.parse_losses(losses)[0]
 
@@ -223,11 +190,10 @@ class Peer(Ours):
 
         self.model.eval()
         clock = Clock(self.device)
-        label = torch.randint(0, 19, tuple(self.case["crop"]), device=self.device)
-        data = self.model.data_preprocessor(dict(inputs=[self.photo[0]], data_samples=self.samples[:1]), False)
-        with self.autocast():
+        data = self.model.data_preprocessor(dict(inputs=[self.image[0]], data_samples=self.samples[:1]), False)
+        with self.accelerator.autocast():
             prediction = self.model(**data, mode="predict")[0].pred_sem_seg.data[0]
-        IoUMetric.intersect_and_union(prediction, label, 19, 255)
+        IoUMetric.intersect_and_union(prediction, self.label[0], 19, 255)
         clock.tick()
         return clock.seconds()
 
@@ -235,42 +201,35 @@ class Peer(Ours):
         import cv2
         from mmcv.transforms import Compose
 
-        cv2.setNumThreads(0)  # as its runner sets it
-        self.crops = find_samples(Path(self.case["data"]), "train")
+        cv2.setNumThreads(0)  # as its runner does
+        self.dataset = find_samples(Path(self.case["data"]), "train")
         self.pipeline = Compose([step for step in self.config.train_pipeline if step.type != "PackSegInputs"])
         self.index = 0
 
     def load(self) -> list[float]:
-        sample = self.crops[self.index % len(self.crops)]
+        sample = self.dataset[self.index % len(self.dataset)]
         self.index += 1
         clock = Clock(torch.device("cpu"))
-        self.pipeline(
-            dict(
-                img_path=str(sample.photo),
-                seg_map_path=str(sample.label),
-                seg_fields=[],
-                label_map=None,
-                reduce_zero_label=False,
-            )
-        )
+        paths = dict(img_path=str(sample.image), seg_map_path=str(sample.label))
+        self.pipeline(dict(**paths, seg_fields=[], label_map=None, reduce_zero_label=False))
         clock.tick()
         return clock.seconds()
 
 
 def serve(who: str, case: dict) -> None:
-    """A timed process: reads names of methods from its input, answers each with a JSON line."""
+    """The measured process: read names of methods from stdin and answer each with a line of JSON."""
     torch.set_num_threads(case["threads"])
-    timed = {"ours": Ours, "packed": Packed, "peer": Peer}[who](case)
+    measured = {"ours": Ours, "packed": Packed, "peer": Peer}[who](case)
     answers, sys.stdout = sys.stdout, sys.stderr
     before = reset_peak()
     for line in sys.stdin:
         method = line.strip()
-        result = peak() - before if method == "memory" else getattr(timed, method)()
+        result = peak_memory() - before if method == "memory" else getattr(measured, method)()
         print(json.dumps(result), file=answers, flush=True)
 
 
 class Process:
-    """One timed process, seen from the one that takes the turns."""
+    """A handle on one measured process: calling it with the name of a method returns that method's result."""
 
     def __init__(self, who: str, case: dict):
         command = [sys.executable, __file__, "--serve", who, json.dumps(case)]
@@ -284,7 +243,7 @@ class Process:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"a timed process ended at {method!r}:\n{self.process.stderr.read()}")
+            sys.exit(f"the measured process ended at {method!r}:\n{self.process.stderr.read()}")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -293,7 +252,11 @@ class Process:
 
 
 def take_turns(case: dict, who: list[str], prepare: str, method: str, repeat: int, warm: int = 1) -> dict:
-    """Each process in turn, ``repeat`` times after ``warm``: -> of each the medians of its parts, and its memory."""
+    """Call a method of each process in turn, ``warm + repeat`` times.
+
+    Returns:
+        For each process the medians of its parts over the last ``repeat`` turns, in seconds, and its memory in MiB.
+    """
     processes = {name: Process(name, case) for name in who}
     seconds = {name: [] for name in who}
     for process in processes.values():
@@ -313,7 +276,7 @@ def take_turns(case: dict, who: list[str], prepare: str, method: str, repeat: in
 
 
 def best_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s of a 3x3 convolution of 256 channels, forward, the better of two layouts."""
+    """GFLOP/s of a 3x3 convolution of 256 channels, forward, in the better of two memory formats."""
     rates = []
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(1, 256, 128, 256, device=device, dtype=dtype).contiguous(memory_format=layout)
@@ -329,34 +292,35 @@ def best_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def gflop(case: dict) -> float:
-    """Of a step's convolutions and matrix products: forward and backward."""
+    """GFLOP of the convolutions and matrix products of a step, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
         sum(x.sum() for x in build_model(case["model"])(torch.randn(1, 3, 128, 256))).backward()
-    area = case["batch"] * case["crop"][0] * case["crop"][1]  # to which all but the 19 regions is proportional
+    area = case["batch"] * case["crop_size"][0] * case["crop_size"][1]  # all but the 19 regions is proportional to it
     return counter.get_total_flops() / 1e9 * area / (128 * 256)
 
 
-def write_photos(root: Path, count: int = 4) -> None:
-    """Streets of 2048x1024 with a camera's noise, whose PNGs are about as large as Cityscapes' (2.3 MB)."""
+def write_images(root: Path, splits: tuple[str, ...] = ("train",), count: int = 4) -> None:
+    """A data set of streets of 2048x1024 with camera noise, whose PNGs are about as large as Cityscapes' (2.3 MB)."""
     for i in range(count):
         rng = np.random.default_rng(i)
-        photo, annotation = street(rng, (1024, 2048))
-        noisy = np.asarray(photo).astype(float) + rng.normal(0, 2.0, (1024, 2048, 1))
-        name = f"bench_{i:06d}_000000_"
-        for folder in ("leftImg8bit", "gtFine"):
-            (root / folder / "train/bench").mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-        picture.save(root / f"leftImg8bit/train/bench/{name}leftImg8bit.png")
-        (root / f"gtFine/train/bench/{name}gtFine_polygons.json").write_text(json.dumps(annotation))
+        image, annotation = street(rng, (1024, 2048))
+        noisy = np.asarray(image).astype(float) + rng.normal(0, 2.0, (1024, 2048, 1))
+        noisy = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        for split in splits:
+            images, labels = (root / folder / split / "bench" for folder in ("leftImg8bit", "gtFine"))
+            images.mkdir(parents=True, exist_ok=True)
+            labels.mkdir(parents=True, exist_ok=True)
+            noisy.save(images / f"bench_{i:06d}_000000_leftImg8bit.png")
+            (labels / f"bench_{i:06d}_000000_gtFine_polygons.json").write_text(json.dumps(annotation))
     write_missing_train_ids(root)
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
 
-def ratio(theirs: float, ours: float) -> str:
+def speedup(theirs: float, ours: float) -> str:
     return f"{theirs / ours:.2f}x"
 
 
@@ -369,7 +333,7 @@ def bench_step(args: argparse.Namespace, who: list[str]) -> None:
             case = case_of(args, dtype, batch)
             work = gflop(case)
             results = take_turns(case, who, "build", "step", args.repeat)
-            head = f"{args.model} {batch} x {args.crop[0]}x{args.crop[1]} {dtype} {args.layout}"
+            head = f"{args.model} {batch} x {args.crop_size[0]}x{args.crop_size[1]} {dtype} {args.layout}"
             for name, (parts, memory) in results.items():
                 total = sum(parts)
                 print(
@@ -380,7 +344,7 @@ def bench_step(args: argparse.Namespace, who: list[str]) -> None:
             if len(who) == 2:
                 (ours, our_memory), (theirs, their_memory) = results["ours"], results["peer"]
                 print(
-                    f"{head}  ratio: {ratio(sum(theirs), sum(ours))} as fast, "
+                    f"{head}  ratio: {speedup(sum(theirs), sum(ours))} as fast, "
                     f"{our_memory / their_memory:.2f} of the memory"
                 )
 
@@ -389,49 +353,50 @@ def bench_loader(args: argparse.Namespace, who: list[str]) -> None:
     print("\nloader: a random 512x1024 crop of a 2048x1024 PNG, one thread")
     with tempfile.TemporaryDirectory() as folder:
         png, packed = Path(folder, "png"), Path(folder, "packed")
-        write_photos(png)
+        write_images(png)
         shutil.copytree(png, packed)
         pack_samples(find_samples(packed, "train"))
         size = np.mean([path.stat().st_size for path in png.rglob("*_leftImg8bit.png")]) / 1e6
         print(f"PNGs of {size:.1f} MB")
-        case = case_of(args, "fp32", 1) | {"data": str(png), "packed": str(packed), "crop": [512, 1024], "threads": 1}
+        paths = {"data": str(png), "packed": str(packed)}
+        case = case_of(args, "fp32", 1) | {"crop_size": [512, 1024], "threads": 1} | paths
         results = take_turns(case, [*who, "packed"], "prepare_loader", "load", 20 * args.repeat, warm=4)
         for name, ((seconds,), _) in results.items():
-            print(f"{name}: {1000 * seconds:6.1f} ms, {1 / seconds:5.1f} images/s a core")
+            print(f"{name}: {1000 * seconds:6.1f} ms, {1 / seconds:5.1f} images/s per core")
             if "peer" in results and name != "peer":
-                print(f"{name}: {ratio(results['peer'][0][0], seconds)} as fast as the peer")
+                print(f"{name}: {speedup(results['peer'][0][0], seconds)} as fast as the peer")
 
 
 def bench_evaluation(args: argparse.Namespace, who: list[str]) -> None:
     print("\nevaluation: whole 1024x2048 images, with argmax and confusion matrix")
     for dtype in args.dtype:
-        case = case_of(args, dtype, 1) | {"crop": [1024, 2048]}
+        case = case_of(args, dtype, 1) | {"crop_size": [1024, 2048]}
         results = take_turns(case, who, "build", "evaluate", args.repeat)
         for name, ((seconds,), memory) in results.items():
             print(f"{args.model} {dtype}  {name}: {seconds:6.2f} s, {1 / seconds:5.2f} images/s, {memory:6.0f} MiB")
         if len(who) == 2:
-            print(f"{args.model} {dtype}  ratio: {ratio(results['peer'][0][0], results['ours'][0][0])} as fast")
+            print(f"{args.model} {dtype}  ratio: {speedup(results['peer'][0][0], results['ours'][0][0])} as fast")
 
 
-def processes_step(processes: int, batch_size: int, folder: Path) -> float:
-    """Seconds a step of train.py, hr18s on 256x512 crops of four generated pictures, on one core a process."""
-    out = folder / f"run{processes}x{batch_size}"
+def seconds_per_step(processes: int, folder: Path) -> float:
+    """Median of train.py's steps: hr18s, one 256x512 crop and one core per process."""
+    run = folder / f"run{processes}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(ROOT / "train.py"), "--device=cpu", "--model=hr18s", "--crop", "256", "512", "--workers=0"]
-    command += [f"--batch-size={batch_size}", "--iters=12", "--log-every=1", "--val-every=1000", "--save-every=1000"]
-    command += [f"--data={folder / 'data'}", f"--out={out}"]
+    command += [str(ROOT / "train.py"), "--device=cpu", "--model=hr18s", "--crop-size", "256", "512", "--workers=0"]
+    command += ["--batch-size=1", "--max-iters=12", "--log-every=1", "--val-every=1000", "--save-every=1000"]
+    command += [f"--data-path={folder / 'data'}", f"--output-dir={run}"]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_s"] for entry in log if entry["split"] == "train"]
-    return processes * batch_size / statistics.median(speeds[2:])
+    return processes / statistics.median(speeds[2:])
 
 
 def bench_growth(args: argparse.Namespace, who: list[str]) -> None:
-    """fp32 steps of ours: one thing grows at a time; beside each the time it would take if it grew as the work does."""
-    base = {"model": "hr18s", "crop": [256, 512], "batch": 1}
+    """Our steps in fp32 as batch, crop, model or number of processes grow."""
+    base = {"model": "hr18s", "crop_size": [256, 512], "batch": 1}
     sweeps = {
         "batch of 256x512, hr18s": [(str(n), base | {"batch": n}) for n in (1, 2, 4)],
-        "crop, hr18s": [(f"{n}x{2 * n}", base | {"crop": [n, 2 * n]}) for n in (128, 256, 512, 1024)],
+        "crop, hr18s": [(f"{n}x{2 * n}", base | {"crop_size": [n, 2 * n]}) for n in (128, 256, 512, 1024)],
         "model, 256x512": [(name, base | {"model": name}) for name in ("hr18s", "hr18", "hr32", "hr48")],
     }
     results = {}
@@ -446,34 +411,37 @@ def bench_growth(args: argparse.Namespace, who: list[str]) -> None:
         results[title] = [(name, seconds, rows[0][1] * work / rows[0][2]) for name, seconds, work in rows]
     print("\ngrowth: processes, one core and one 256x512 crop each, hr18s, train.py")
     with tempfile.TemporaryDirectory() as folder:
-        write_photos(Path(folder, "data"))
-        shutil.copytree(Path(folder, "data/leftImg8bit/train"), Path(folder, "data/leftImg8bit/val"))
-        shutil.copytree(Path(folder, "data/gtFine/train"), Path(folder, "data/gtFine/val"))
-        rows = [(n, processes_step(n, 1, Path(folder))) for n in range(1, (os.cpu_count() or 1) + 1)]
+        write_images(Path(folder, "data"), ("train", "val"))
+        rows = [(n, seconds_per_step(n, Path(folder))) for n in range(1, (os.cpu_count() or 1) + 1)]
     for name, seconds in rows:
         print(f"{name:>10}: {seconds:6.2f} s")
     results["processes of one core"] = [(str(name), seconds, rows[0][1]) for name, seconds in rows]
     if args.plot:
-        import matplotlib
+        plot_growth(results, args.plot)
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, len(results), figsize=(13, 3.4), layout="constrained")
-        for axis, (title, rows) in zip(axes, results.items()):
-            names, seconds, straight = zip(*rows)
-            axis.plot(names, straight, "--", color="0.6", label="if it grew as the work")
-            axis.plot(names, seconds, "o-", color="tab:blue", label="measured")
-            axis.set(title=title, ylim=(0, 1.15 * max(seconds + straight)))
-            axis.grid(axis="y", color="0.9")
-        axes[0].set_ylabel("seconds a step, fp32")
-        axes[0].legend()
-        figure.savefig(args.plot, dpi=110)
-        print(f"wrote {args.plot}")
+def plot_growth(results: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
+    """A panel per sweep: (name, seconds, seconds in proportion to the work) of each point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(13, 3.4), layout="constrained")
+    for axis, (title, rows) in zip(axes, results.items()):
+        names, seconds, proportional = zip(*rows)
+        axis.plot(names, proportional, "--", color="0.6", label="proportional to the work")
+        axis.plot(names, seconds, "o-", color="tab:blue", label="measured")
+        axis.set(title=title, ylim=(0, 1.15 * max(seconds + proportional)))
+        axis.grid(axis="y", color="0.9")
+    axes[0].set_ylabel("seconds per step, fp32")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
 
 
 def case_of(args: argparse.Namespace, dtype: str, batch: int) -> dict:
-    names = ("model", "crop", "device", "layout", "compile", "threads")
+    names = ("model", "crop_size", "device", "layout", "compile", "threads")
     return {name: getattr(args, name) for name in names} | {"dtype": dtype, "batch": batch}
 
 
@@ -483,7 +451,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     show = dict(help="(default: %(default)s)")
     parser.add_argument("--model", default="hr18", **show)
-    parser.add_argument("--crop", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), **show)
+    parser.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), **show)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], **show)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], **show)
     parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last", **show)
@@ -492,8 +460,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), **show)
     parser.add_argument("--repeat", type=int, default=3, **show)
     parser.add_argument("--only", nargs="+", choices=TASKS, default=["step", "loader", "evaluation"], **show)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the growth there")
-    parser.add_argument("--no-peer", action="store_true", help="leave mmsegmentation out, also where it is installed")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot of the growth")
+    parser.add_argument("--no-peer", action="store_true", help="do not measure mmsegmentation")
     args = parser.parse_args()
     who = ["ours", "peer"] if HAS_PEER and not args.no_peer else ["ours"]
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads; {' and '.join(who)} in turns")

@@ -1,0 +1,269 @@
+"""evaluate.py: scores of a data set, and predictions and explanations of images."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, RUN, entries, error_of
+from PIL import Image
+
+import evaluate
+from ocrnet.checkpoint import load_model
+from ocrnet.data.cityscapes import find_samples
+from ocrnet.data.classes import CITYSCAPES, ClassTable, Label
+from ocrnet.data.images import read_image, to_tensor
+from ocrnet.device import Accelerator
+from ocrnet.errors import InputError
+from ocrnet.explain import find_label
+from ocrnet.inference import overlay, predict
+from ocrnet.models import build_model
+
+STEPS = ("1_regions", "2_representations", "3_relation", "4_segmentations")  # the figures of --explain
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_score_five_images_as_one_does(script, main, trained, data, tmp_path, capsys):
+    flags = ["--ckpt", trained / "last.pt", "--data-path", data, "--device", "cpu", "--workers", 0]
+    main("evaluate.py", *flags, "--json", tmp_path / "new/one.json")
+    script("evaluate.py", *flags, "--json", tmp_path / "two.json", processes=2)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("new/one.json", "two.json"))
+    assert one == two and one["images"] == 5
+    labels = [np.asarray(Image.open(path)) for path in data.glob("gtFine/val/*/*_labelTrainIds.png")]
+    assert sum(one["pixels"].values()) == sum((label != 255).sum() for label in labels)
+    assert one["mIoU"] == entries(trained / "log.jsonl", "val")[-1]["mIoU"]  # as training logged it
+    printed = capsys.readouterr().out
+    for score in ("mIoU", "pixel_accuracy", "mIoU_categories"):
+        assert f" {100 * one[score]:.2f}" in printed
+    assert all(re.search(rf"^{name} +(nan|\d+\.\d\d) +\d+\.\d\d$", printed, re.MULTILINE) for name in CITYSCAPES.names)
+
+
+def test_absent_classes_are_named_and_left_out_of_a_second_mean(main, trained, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("gtFine/val/*/*_labelTrainIds.png"):
+        label = np.asarray(Image.open(path)).copy()
+        label[label > 2] = 255
+        Image.fromarray(label).save(path)
+    flags = ["--data-path", tmp_path, "--device", "cpu", "--workers", 0, "--json", tmp_path / "scores.json"]
+    main("evaluate.py", "--ckpt", trained / "last.pt", *flags, "--baseline")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    iou = list(scores["IoU"].values())
+    assert scores["mIoU_present"] == pytest.approx(sum(iou[:3]) / 3)
+    assert all(x in (0, None) for x in iou[3:])  # predicted, or not
+    assert scores["mIoU"] == pytest.approx(sum(x for x in iou if x is not None) / sum(x is not None for x in iou))
+    printed = capsys.readouterr().out
+    assert f" {100 * scores['mIoU_present']:.2f}" in printed
+    for score in ("mIoU", "mIoU_present"):
+        assert f" {100 * scores['row_baseline'][score]:.2f}" in printed
+    absent = next(line for line in printed.splitlines() if "wall" in line and "fence" in line)
+    assert [name for name in CITYSCAPES.names if re.search(rf"[:,] {name}\b", absent)] == CITYSCAPES.names[3:]
+
+
+def test_the_split_is_that_of_the_flag(main, trained, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "predict", lambda model, image, **_: torch.zeros(1, 19, *image.shape[-2:]))
+    flags = ["--data-path", data, "--device", "cpu", "--workers", 0, "--json", tmp_path / "scores.json"]
+    main("evaluate.py", "--ckpt", trained / "last.pt", *flags, "--split", "train")
+    assert json.loads((tmp_path / "scores.json").read_text())["images"] == 6
+
+
+def test_predictions_are_exported_as_label_ids_under_the_images_names(main, trained, data, tmp_path):
+    flags = ["--data-path", data, "--device", "cpu", "--export", tmp_path / "out"]
+    main("evaluate.py", "--ckpt", trained / "last.pt", *flags)
+    images = sorted((data / "leftImg8bit/val").rglob("*.png"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in images]
+    model, _ = load_model(trained / "last.pt")
+    for path in images:
+        exported = Image.open(tmp_path / "out" / path.name)
+        assert exported.mode == "L" and exported.size == Image.open(path).size
+        assert set(np.unique(exported)) <= set(CITYSCAPES.ids)
+    classes = predict(model, to_tensor(read_image(path))[None], Accelerator("cpu"))[0].argmax(0)
+    assert np.mean(np.asarray(exported) == np.array(CITYSCAPES.ids)[classes]) > 0.999
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(data, tmp_path):
+    """A folder with a color image, a gray image, and an image of the data set, which has a label."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(rng.integers(0, 255, (97, 161, 3), dtype=np.uint8)).save(tmp_path / "images/odd.jpg")
+    Image.fromarray(rng.integers(0, 255, (33, 40), dtype=np.uint8)).save(tmp_path / "gray.png")
+    return tmp_path / "images", tmp_path / "gray.png", next(data.glob("leftImg8bit/val/*/*.png"))
+
+
+def test_images_of_any_size_are_colored_and_explained(main, trained, images, tmp_path):
+    flags = ["--ckpt", trained / "best.pt", "--device", "cpu", "--images", *images]
+    flags += ["--data-path", tmp_path / "missing"]  # names and colors are in the checkpoint
+    main("evaluate.py", *flags, "--save", tmp_path / "out")
+    labeled = images[2].stem
+    names = ("gray", "odd", labeled)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        name + ending for name in names for ending in (".png", "_overlay.png")
+    }
+    image = read_image(tmp_path / "images/odd.jpg")
+    classes = predict(load_model(trained / "best.pt")[0], to_tensor(image)[None], Accelerator("cpu"))[0].argmax(0)
+    colors, mixed = (np.asarray(Image.open(tmp_path / f"out/{name}.png")) for name in ("odd", "odd_overlay"))
+    assert np.mean(colors == CITYSCAPES.palette[classes]) > 0.999  # but for the last bit of a logit
+    assert np.array_equal(mixed, overlay(np.asarray(image), colors))
+    more = ["--images", *images[1:], "--explain", tmp_path / "steps", "--pixel", 3, 4, "--pixel", 39, 32]
+    main("evaluate.py", *flags, *more)
+    assert {path.name for path in (tmp_path / "steps").iterdir()} == {
+        *(f"{name}_{step}.png" for name in ("gray", labeled) for step in STEPS),
+        f"{labeled}_5_errors.png",  # the only one with a label
+    }
+    for path in (tmp_path / "steps").iterdir():
+        Image.open(path).verify()
+
+
+def test_a_pixel_outside_of_an_image_is_refused(main, trained, images, tmp_path):
+    flags = ["--ckpt", trained / "best.pt", "--device", "cpu", "--images", images[0], "--explain", tmp_path / "steps"]
+    for x, y in ((161, 0), (0, 97), (-1, 0)):
+        with pytest.raises(InputError, match=f"^--pixel {x} {y}: .*odd.jpg"):
+            main("evaluate.py", *flags, "--pixel", x, y)
+
+
+def test_images_are_not_overwritten(main, trained, images, tmp_path):
+    gray = images[1]
+    shutil.copy(gray, tmp_path / "gray_overlay.png")
+    before = gray.read_bytes()
+    flags = ["--ckpt", trained / "best.pt", "--device", "cpu", "--images", gray]
+    for more in (["--save", tmp_path], [tmp_path / "gray_overlay.png", "--save", tmp_path / "new"]):
+        with pytest.raises(InputError, match=f"^--save {more[-1]}: .*gray"):
+            main("evaluate.py", *flags, *more)
+    assert gray.read_bytes() == (tmp_path / "gray_overlay.png").read_bytes() == before
+
+
+def test_a_label_is_found_beside_an_image_of_a_data_set_with_the_same_classes(data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    sample = find_samples(tmp_path, "val")[0]
+    assert np.array_equal(find_label(sample.image, CITYSCAPES), np.asarray(Image.open(sample.label)))
+    assert find_label(tmp_path / "street.jpg", CITYSCAPES) is None
+    other = ClassTable([Label("road", 1, 0, "", (0, 0, 0)), Label("house", 2, 1, "", (0, 0, 0))])
+    assert find_label(sample.image, other) is None
+    Image.new("RGB", (20, 10)).save(sample.image)
+    with pytest.raises(InputError, match=f"^{sample.label}: .*20x10"):
+        find_label(sample.image, CITYSCAPES)
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["scores", "export", "images"])
+def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path, monkeypatch, what):
+    calls = []
+
+    def remember(model, image, accelerator, **options):
+        calls.append((accelerator.amp, accelerator.amp_dtype, options))
+        return torch.zeros(1, 19, *image.shape[-2:])
+
+    monkeypatch.setattr(evaluate, "predict", remember)
+    images = sorted(data.glob("leftImg8bit/val/*/*.png"))
+    where = {
+        "scores": ["--data-path", data],
+        "export": ["--data-path", data, "--export", tmp_path],
+        "images": ["--images", *images, "--save", tmp_path],
+    }[what]
+    flags = "--device cpu --workers 0 --scales 0.5 1 --flip --slide 64 96 --stride 32 48 --amp --amp-dtype fp16"
+    main("evaluate.py", "--ckpt", trained / "last.pt", *where, *flags.split())
+    expected = dict(scales=[0.5, 1.0], flip=True, slide=[64, 96], stride=[32, 48])
+    assert calls == [(True, torch.float16, expected)] * 5
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--stride 32 32", "--stride"),
+        ("--slide 32 64 --stride 32 65", "--stride"),
+        ("--images x.png --explain out --flip", "--explain"),
+        ("--images x.png --explain out --scales 2", "--explain"),
+        ("--images x.png --explain out --slide 32 32", "--explain"),
+        ("--images x.png", "--images"),
+        ("--save out", "--images"),
+        ("--scales 0", "--scales"),
+        ("--slide 0 32", "--slide"),
+        ("--pixel 1 2", "--pixel"),
+        ("--split test", "--split test"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_by_name(main, flags, named, capsys):
+    with pytest.raises(SystemExit) as error:
+        main("evaluate.py", "--ckpt", "x.pt", *flags.split())
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and re.search(f"error: .*{named}[ ,:]", line)
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(script, tmp_path):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    done = script("evaluate.py", "--ckpt", tmp_path / "text.pt", "--device", "cpu", ok=False)
+    assert error_of(done).startswith(f"error: {tmp_path / 'text.pt'}: ")
+
+
+def test_a_model_of_other_classes_without_names_is_refused(main, tmp_path):
+    model = build_model("hr18s", num_classes=4)
+    torch.save({"model": model.state_dict(), "config": model.config}, tmp_path / "four.pt")
+    with pytest.raises(InputError, match=f"^--ckpt {tmp_path / 'four.pt'}: .*4 .*19"):
+        main("evaluate.py", "--ckpt", tmp_path / "four.pt", "--data-path", tmp_path, "--device", "cpu")
+
+
+# ---- other classes ---------------------------------------------------------------------------------------------------
+
+NAMES = ["road", "building", "pole", "vegetation", "sky", "person", "car"]  # the first class of each category
+
+
+@pytest.fixture(scope="module")
+def categories(main, data, tmp_path_factory):
+    """A data set whose classes are Cityscapes' 7 categories, in which a backbone was trained without OCR."""
+    root = tmp_path_factory.mktemp("categories")
+    shutil.copytree(data, root, dirs_exist_ok=True)
+    shutil.copy(ROOT / "tests/exercises/classes.json", root)
+    for path in root.glob("gtFine/*/*/*_labelTrainIds.png"):
+        os.utime(path, (0, 0))  # older than the table
+    with pytest.raises(InputError, match=f"^{root}/gtFine/val/.*_labelTrainIds.png: "):
+        find_samples(root, "val")
+    main("prepare_cityscapes.py", "--data-path", root)
+    flags = [*RUN, "--workers", 0, "--max-iters", 1, "--head", "fcn"]
+    main("train.py", *flags, "--data-path", root, "--output-dir", root / "run")
+    return root
+
+
+def test_a_data_set_brings_its_own_classes(main, categories, data, tmp_path, capsys):
+    log = entries(categories / "run/log.jsonl")
+    assert log[0]["loss_aux"] == 0 and log[0]["loss"] == log[0]["loss_final"]  # without OCR
+    assert list(log[-1]["IoU"]) == NAMES
+    flags = ["--ckpt", categories / "run/last.pt", "--data-path", categories, "--device", "cpu", "--workers", 0]
+    main("evaluate.py", *flags, "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores["IoU"]) == NAMES and scores["mIoU"] == log[-1]["mIoU"]
+    assert capsys.readouterr().out.count("\nroad ") == 1  # no table of categories: they are the classes
+    pixels = dict.fromkeys(NAMES, 0)
+    for path in data.glob("gtFine/val/*/*_labelTrainIds.png"):
+        for value, count in enumerate(Image.open(path).histogram()[:19]):
+            pixels[NAMES[CITYSCAPES.category_of[value]]] += count
+    assert scores["pixels"] == pixels
+
+
+def test_the_classes_of_a_checkpoint_and_a_data_set_must_agree(main, categories, data):
+    with pytest.raises(InputError, match=f"^--data-path {data}: .*{', '.join(NAMES)}.* sidewalk"):
+        main("evaluate.py", "--ckpt", categories / "run/last.pt", "--data-path", data, "--device", "cpu")
+
+
+def test_a_model_without_regions_is_not_explained(main, categories, images, tmp_path):
+    flags = ["--device", "cpu", "--images", images[1], "--explain", tmp_path / "steps"]
+    with pytest.raises(InputError, match="^--explain: .*fcn"):
+        main("evaluate.py", "--ckpt", categories / "run/last.pt", *flags)
+    assert not (tmp_path / "steps").exists()
+
+
+def test_images_have_the_colors_of_the_checkpoints_classes(main, categories, images, tmp_path):
+    flags = ["--device", "cpu", "--data-path", tmp_path, "--images", images[2], "--save", tmp_path / "out"]
+    main("evaluate.py", "--ckpt", categories / "run/last.pt", *flags)
+    colors = np.asarray(Image.open(tmp_path / "out" / images[2].name)).reshape(-1, 3)
+    expected = CITYSCAPES.palette[[CITYSCAPES.names.index(name) for name in NAMES]]
+    assert set(map(tuple, colors.tolist())) <= set(map(tuple, expected.tolist()))

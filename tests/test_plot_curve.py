@@ -1,0 +1,84 @@
+"""plot_curve.py: curves of this project's logs and of mmengine's."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ocrnet.errors import InputError
+from ocrnet.logs import read_log
+
+TRAIN = [{"split": "train", "iter": i, "loss": 3 / i, "lr": 0.01 / i} for i in (1, 2, 3, 4)]
+VAL = [{"split": "val", "iter": 2, "mIoU": 0.25}, {"split": "val", "iter": 4, "mIoU": 0.125}]
+MMENGINE = (
+    "05/01 09:59:00 - mmengine - \x1b[4m\x1b[32mINFO\x1b[0m - Iter(train) [ 1/40000]  lr: 1e-02  loss: 2.5\n"
+    "2024/05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 9.9891e-03  eta: 5:23:11  loss: 1.9000\n"
+    "2024/05/01 10:09:00 - mmengine - INFO - Iter(val) [500/500]    aAcc: 90.0000  mIoU: 61.5000  mAcc: 70.0000\n"
+)
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """The folder of a run, and a log of mmengine."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in TRAIN + VAL))
+    (tmp_path / "original.log").write_text(MMENGINE)
+    return tmp_path / "run", tmp_path / "original.log"
+
+
+def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys):
+    main("plot_curve.py", *logs, "--output", tmp_path / "both.png")
+    rows = re.findall(r"^(\w+): (\d+) .* (\d+) .* ([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
+    assert rows == [("run", "4", "2", "25.00"), ("original", "2", "1", "61.50")]
+    main("plot_curve.py", *logs, "--output", tmp_path / "scaled.png", "--log-scale")
+    both, scaled = (np.asarray(Image.open(tmp_path / name)) for name in ("both.png", "scaled.png"))
+    assert both.shape == scaled.shape and np.any(both != scaled)
+
+
+def test_the_figure_is_beside_the_first_log_by_default(main, logs):
+    main("plot_curve.py", *logs)
+    Image.open(logs[0] / "curve.png").verify()
+    main("plot_curve.py", *reversed(logs))
+    Image.open(logs[1].parent / "curve.png").verify()
+
+
+def test_logs_of_one_name_are_told_apart_by_their_paths(main, logs, tmp_path, capsys):
+    shutil.copytree(logs[0], tmp_path / "other/run")
+    paths = [logs[0], tmp_path / "other/run"]
+    main("plot_curve.py", *paths, "--output", tmp_path / "both.png")
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == list(map(str, paths))
+
+
+def test_a_log_of_mmengine_is_read_with_colors_and_without_an_iteration_of_its_validation(logs, tmp_path):
+    log = read_log(logs[1])
+    assert log.train == [
+        {"split": "train", "iter": 1, "loss": 2.5, "lr": 0.01},
+        {"split": "train", "iter": 50, "loss": 1.9, "lr": 9.9891e-3},
+    ]
+    assert log.val == [{"split": "val", "iter": 50, "mIoU": 0.615}]
+    work_dir = tmp_path / "hr18/20240501_100000"
+    work_dir.mkdir(parents=True)
+    shutil.copy(logs[1], work_dir / "20240501_100000.log")
+    assert read_log(work_dir / "20240501_100000.log").name == "hr18"  # not the time of its start
+
+
+def test_a_log_that_ends_in_the_middle_of_a_line_is_read_up_to_there(logs):
+    file = logs[0] / "log.jsonl"
+    file.write_text(file.read_text() + '{"split": "train", "it')
+    assert read_log(file) == ("run", TRAIN, VAL)
+
+
+def test_a_validation_without_valid_pixels_is_left_out(logs):
+    file = logs[0] / "log.jsonl"
+    file.write_text(file.read_text() + '{"split": "val", "iter": 6, "mIoU": null}\n')
+    assert read_log(logs[0]).val == VAL
+
+
+def test_a_file_without_entries_and_a_missing_one_are_named(main, tmp_path):
+    (tmp_path / "empty.log").write_text("hello\n")
+    for name in ("empty.log", "missing.log"):
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: "):
+            main("plot_curve.py", tmp_path / name)

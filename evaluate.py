@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt runs/hr18/best.pt                                       mIoU of the val split
     torchrun --nproc_per_node 4 evaluate.py --ckpt runs/hr18/best.pt                  the same, by 4 processes
-    python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg photos/ --save out      your own images
+    python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg images/ --save out      your own images
     python evaluate.py --ckpt runs/hr18/best.pt --images street.jpg --explain out           each step of the method
     python evaluate.py --ckpt runs/hr18/best.pt --split test --export out             PNGs for the test server
 
@@ -22,7 +22,6 @@ from ocrnet.data.classes import read_classes
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError
 from ocrnet.evaluation import evaluate_split, export_split, print_scores
-from ocrnet.explain import explain_images
 from ocrnet.files import atomic_write
 from ocrnet.inference import color_images, predict
 from ocrnet.script import make_parser, run_script
@@ -92,6 +91,8 @@ def main() -> None:
     if args.save:
         color_images(model, args.images, args.save, table, accelerator, predict_image)
     if args.explain:
+        from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
+
         explain_images(model, args.images, args.explain, table, accelerator, args.pixel or ())
     elif args.export:
         export_split(model, args.data_path, args.split, args.export, table, accelerator, predict_image)

@@ -18,7 +18,6 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from ocrnet.checkpoint import restore_model
 from ocrnet.data.cityscapes import check_samples, find_samples, write_missing_train_ids
-from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, read_classes
-from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset
+from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, read_classes
+from ocrnet.data.datasets import Data, EvalDataset, InfiniteSampler, TrainDataset
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
@@ -42,7 +41,6 @@ from ocrnet.run import RunFolder, RunState, check_resumable, load_last, run_sett
 from ocrnet.schedule import poly_lr
 from ocrnet.script import make_parser, run_script
 from ocrnet.signals import StopSignal, ignore_signals_in_worker
-from ocrnet.visualize import plot_curves, save_samples, save_scores
 
 DEMO = dict(
     data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18s", crop_size=[96, 192], workers=1,
@@ -103,12 +101,6 @@ def parse_args() -> Namespace:
     args.output_dir = args.output_dir or Path("runs") / (args.model + ("" if args.head == "ocr" else "-" + args.head))
     return args
 # fmt: on
-
-
-class Data(NamedTuple):
-    table: ClassTable
-    train: TrainDataset
-    val: EvalDataset
 
 
 def build_data(args: Namespace, accelerator: Accelerator) -> Data:
@@ -263,6 +255,8 @@ def train(
 
 def draw_run(folder: Path, state: RunState, data: Data, accelerator: Accelerator) -> None:
     """curve.png, samples.png and, if there was a validation, scores.png."""
+    from ocrnet.visualize import plot_curves, save_samples, save_scores  # only here: matplotlib is slow to import
+
     plot_curves([read_log(folder)], folder / "curve.png")
     save_samples(folder / "samples.png", sample_predictions(state.model.eval(), data.val, accelerator), data.table)
     if state.confusion:

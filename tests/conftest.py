@@ -1,24 +1,41 @@
-"""Shared by the tests: a small generated data set, the real scripts, and other projects' names of our tensors."""
+"""Shared by the tests: a small generated data set, the real scripts, and other projects' names of our tensors.
+
+As a script, ``conftest.py SCRIPT ARGUMENTS`` runs another script with the backbone "tiny" and without figures.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for torch, here and in the scripts: threads wait without spinning
 
 import contextlib
 import importlib
 import json
-import os
+import multiprocessing
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ocrnet import visualize
 from ocrnet.data.cityscapes import write_missing_train_ids
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.models import BACKBONES, HRNet
 
 ROOT = Path(__file__).resolve().parents[1]
+BACKBONES["tiny"] = partial(HRNet, width=2, num_modules=(1, 1, 1), num_blocks=1)  # for --model, also in ``script``
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,33 +54,112 @@ def data(tmp_path_factory) -> Path:
 
 # ---- running scripts -------------------------------------------------------------------------------------------------
 
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["train", "evaluate", "torch._dynamo"])  # imported once, for all processes
+
+
+def run_script_file(path: str, args: list[str], environment: dict[str, str], output: str) -> None:
+    """What a process of ``script`` does: ``python path args`` in one thread."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    multiprocessing.set_start_method(None, force=True)  # of data loader workers: the default again
+    torch.set_num_threads(1)
+    sys.argv = [path, *args]
+    sys.path.insert(0, os.path.dirname(path))
+    runpy.run_path(path, run_name="__main__")
+
+
+class Running:
+    """A running script: a process for each rank. ``stdout`` and ``stderr`` are those of all ranks."""
+
+    def __init__(self, path: Path, args: Sequence[str], processes: int, output: Path):
+        self.outputs = [f"{output}{rank}" for rank in range(processes)]
+        self.processes = []
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        for rank, file in enumerate(self.outputs):
+            place = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            rank_args = (str(path), list(args), {**os.environ, **place}, file)
+            self.processes.append(FORKSERVER.Process(target=run_script_file, args=rank_args))
+            self.processes[-1].start()
+
+    def is_alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all ranks and their descendants, as terminals and schedulers do."""
+        for process in self.processes:
+            if process.is_alive():
+                send_to_family(process.pid, number)
+
+    def wait(self, seconds: float = 240) -> int:
+        """Wait for all ranks. Return the first exit status that is not 0, else 0."""
+        until(lambda: not self.is_alive(), seconds)
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+    @property
+    def returncode(self) -> int:
+        return self.wait()
+
+    @property
+    def stdout(self) -> str:
+        return "".join(Path(f"{file}.stdout").read_text() for file in self.outputs)
+
+    @property
+    def stderr(self) -> str:
+        return "".join(Path(f"{file}.stderr").read_text() for file in self.outputs)
+
 
 @pytest.fixture(scope="session")
-def script():
-    """script("train.py", "--max-iters", 2, processes=2) -> the finished process, with its output as text.
+def script(tmp_path_factory):
+    """script("train.py", "--max-iters", 2, processes=2) runs a script as torchrun does, on this host -> ``Running``.
+
+    The processes are forked from one that has imported torch, because that takes seconds. For torchrun itself see the
+    fixture ``torchrun``.
 
     Args:
-        processes: started by torchrun if more than one.
-        launcher: more flags of torchrun, which also starts a single process then.
-        ok: whether exit status 0 is expected.
-        wait: False to return the running process, see ``kill``.
-        options: of subprocess.
+        name: of a script in the repository, or a path.
+        processes: ranks of a process group. 1: without a process group.
+        ok: whether exit status 0 is expected. None for either.
+        wait: False to return while it is running.
     """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        forkserver.ensure_running()
+    started = []
 
-    def call(name, *args, processes=1, launcher=(), ok=True, wait=True, **options):
-        command = [sys.executable]
-        if processes > 1 or launcher:
-            standalone = [] if any("rdzv" in flag for flag in launcher) else ["--standalone"]
-            command += ["-m", "torch.distributed.run", *standalone, f"--nproc_per_node={processes}", *launcher]
-        command += [str(ROOT / name), *map(str, args)]
-        options["env"] = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 or launcher else "2"}
-        if not wait:
-            return subprocess.Popen(command, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options})
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
-        assert (done.returncode == 0) == ok, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+    def call(name, *args, processes=1, ok=True, wait=True):
+        output = tmp_path_factory.mktemp("output") / "rank"
+        run = Running(ROOT / name, [str(arg) for arg in args], processes, output)
+        started.append(run)
+        if wait:
+            status = run.wait()
+            assert ok is None or (status == 0) == ok, f"{name} {args} ended with {status}\n{run.stdout}\n{run.stderr}"
+        return run
 
-    return call
+    yield call
+    for run in started:  # where a test failed
+        run.send(signal.SIGKILL)
+
+
+@pytest.fixture
+def torchrun():
+    """torchrun("train.py", "--max-iters", 2, launcher=["--nproc_per_node=2"]) starts torchrun -> its process."""
+    started = []
+
+    def call(name, *args, launcher):
+        command = [sys.executable, "-m", "torch.distributed.run", *launcher, __file__, ROOT / name, *args]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started.append(subprocess.Popen([str(arg) for arg in command], env=environment, **quiet))
+        return started[-1]
+
+    yield call
+    for process in started:  # where a test failed
+        if process.poll() is None:
+            send_to_family(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -86,20 +182,26 @@ def main():
     return call
 
 
-def error_of(done: subprocess.CompletedProcess) -> str:
-    """The error of a script without torchrun: exit status 1, no traceback, and one line at the end of stderr."""
+def error_of(done: Running) -> str:
+    """The error of a script in one process: exit status 1, no traceback, and one line at the end of stderr."""
     lines = done.stderr.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert done.returncode == 1 and errors == lines[-1:] and "Traceback" not in done.stderr, done.stderr
     return errors[0]
 
 
-def until(condition, seconds: float = 240) -> None:
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
     """Wait until ``condition()`` is true."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
 
 
 def processes_of(root: int) -> list[tuple[int, int, str]]:
@@ -116,12 +218,11 @@ def processes_of(root: int) -> list[tuple[int, int, str]]:
     return [(pid, *rows[pid]) for pid in family if pid in rows]
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL a process and its descendants."""
-    for pid, _, _ in processes_of(process.pid):
+def send_to_family(root: int, number: signal.Signals) -> None:
+    """Send a signal to a process and its descendants."""
+    for pid, _, _ in processes_of(root):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+            os.kill(pid, number)
 
 
 # ---- runs of train.py ------------------------------------------------------------------------------------------------
@@ -129,7 +230,10 @@ def kill(process: subprocess.Popen) -> None:
 RUN = [
     "--model", "hr18s", "--crop-size", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu",
 ]  # fmt: skip
-EIGHT_ITERATIONS = [*RUN, "--max-iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2, "--dropout", 0.2]
+TINY_RUN = [*RUN, "--model", "tiny"]
+EIGHT_ITERATIONS = [
+    *TINY_RUN, "--max-iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2, "--dropout", 0.2,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -231,3 +335,9 @@ def as_authors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
             rest = position + rest
         tensors[prefix + theirs + rest] = x
     return tensors
+
+
+if __name__ == "__main__":
+    visualize.plot_curves = visualize.save_samples = visualize.save_scores = lambda *args: None  # they take seconds
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")

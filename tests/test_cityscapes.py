@@ -93,7 +93,7 @@ def test_table_survives_a_checkpoint():
         [{**ROAD, "color": [1, 2]}, HOUSE],
         [{**ROAD, "color": [1, 2, 256]}, HOUSE],
         [{**ROAD, "id": 255}, HOUSE],
-        [{**ROAD, "id": -2}, HOUSE],
+        [ROAD, HOUSE, {**BONNET, "id": -2}],
         [{**ROAD, "id": -1}, HOUSE],
         [{**ROAD, "id": True}, HOUSE],
         [{**ROAD, "name": 7}, HOUSE],

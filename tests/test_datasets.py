@@ -119,7 +119,8 @@ def test_crop_depends_only_on_seed_epoch_and_index(data):
     for i in (3, 1, 2):
         first[0, i]
     assert all(torch.equal(a, b) for a, b in zip(first[1, 4], second[1, 4]))
-    for other in (second[2, 4], second[1, 3], TrainDataset(samples, (32, 64), 1)[1, 4]):
+    twice = TrainDataset([samples[4]] * 6, (32, 64), 0)  # another index of the same image
+    for other in (second[2, 4], twice[1, 3], TrainDataset(samples, (32, 64), 1)[1, 4]):
         assert not torch.equal(first[1, 4][0], other[0])
 
 

@@ -1,80 +1,90 @@
-"""What the documentation says is so: examples in docstrings, the README's shapes and folders, every --help."""
+"""Examples in docstrings run, and the READMEs name flags, files and class tables that exist."""
 
+import contextlib
 import doctest
 import importlib
+import io
 import json
 import pkgutil
 import re
+import runpy
+import sys
 
 import pytest
-import torch
 from conftest import ROOT
 
 import ocrnet
 from ocrnet.data import classes
 from ocrnet.data.classes import ClassTable
-from ocrnet.models import build_model
 
-README = (ROOT / "README.md").read_text()
+READMES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "ocrnet").rglob("README.md")),
+    *sorted((ROOT / "tests").rglob("README.md")),
+]
+WITH_EXAMPLES = {
+    "ocrnet.data.classes", "ocrnet.data.datasets", "ocrnet.metrics", "ocrnet.models.ocr", "ocrnet.schedule",
+    "ocrnet.visualize",
+}  # fmt: skip
+# of torchrun, pip, find and pytest
+OTHER_FLAGS = {
+    "--max-restarts", "--master-addr", "--master-port", "--nnodes", "--node-rank", "--nproc_per_node", "--rdzv-backend",
+    "--rdzv-conf", "--rdzv-endpoint",
+}  # fmt: skip
 
 
-def test_examples_in_docstrings_give_what_they_say():
+def test_examples_in_docstrings_give_what_they_show():
     results = {}
     for module in pkgutil.walk_packages(ocrnet.__path__, "ocrnet."):
         results[module.name] = doctest.testmod(importlib.import_module(module.name))
     assert not [name for name, result in results.items() if result.failed]
-    assert {name for name, result in results.items() if result.attempted} >= {
-        "ocrnet.models.ocr", "ocrnet.metrics", "ocrnet.losses", "ocrnet.data.classes", "ocrnet.data.cityscapes"
-    }  # fmt: skip
+    assert {name for name, result in results.items() if result.attempted} >= WITH_EXAMPLES
 
 
-def test_the_readmes_tree_is_the_repositorys():
-    tree = README.split("## What is where")[1].split("```")[1]
-    named = set(re.findall(r"(\S+\.py)\b", tree))
-    files = [*ROOT.glob("*.py"), *(path for path in (ROOT / "ocrnet").rglob("*.py") if path.name != "__init__.py")]
-    files += [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith(("test_", "conftest"))]
-    assert named == {path.name for path in files}
+def test_class_tables_shown_are_class_tables():
+    shown = {}
+    for path in (ROOT / "README.md", ROOT / "ocrnet/data/README.md"):
+        if path.exists():
+            blocks = re.findall(r"```json\n(.*?)```", path.read_text(), re.DOTALL)
+            shown.update({f"{path}, {i}": block for i, block in enumerate(blocks)})
+    assert shown
+    shown["classes.py"] = re.search(r"^    \[.*?^    \]", classes.__doc__, re.MULTILINE | re.DOTALL)[0]
+    for where, block in shown.items():
+        assert len(ClassTable.from_rows(json.loads(block), where)) >= 2
 
 
-def test_the_class_tables_that_are_shown_are_tables():
-    shown = README.split("```json")[1].split("```")[0]
-    table = ClassTable.from_rows(json.loads(shown), "README.md")
-    assert table.names == ["road", "house"] and len(table.labels) == 4
-    rows = re.search(r"^    \[.*?^    \]", classes.__doc__, re.MULTILINE | re.DOTALL)[0]
-    assert ClassTable.from_rows(json.loads(rows), "classes.py").labels == table.labels
+def scripts():
+    """Every file with a command line: beside the README, and the tools below tests/."""
+    tools = [path for path in (ROOT / "tests").rglob("*.py") if not path.name.startswith(("test_", "conftest"))]
+    return [path for path in (*ROOT.glob("*.py"), *tools) if "parse_args" in path.read_text()]
 
 
-def test_the_readmes_shapes_are_the_networks():
-    shapes = {}
-    model = build_model("hr18").eval()
-    with torch.inference_mode():
-        for name, module in model.named_modules():
-            module.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: output}))
-        model(torch.zeros(1, 3, 512, 1024))
-        attention = model.head.attention
-        x, f = shapes["head.pixel_head"], shapes["head.gather"]
-        w = attention.relation(x, f)
-        m = model.head.gather.weights(shapes["head.region_head"])
-    found = {
-        "logits": shapes[""][0],
-        "features": shapes["backbone"][0],
-        "M": shapes["head.region_head"],
-        "x": x,
-        "m": m,
-        "f": f,
-        "w": w,
-        "y": shapes["head.attention"],
+@pytest.fixture(scope="module")
+def flags():
+    """The flags that ``--help`` of the scripts lists."""
+    found = set()
+    for path in scripts():
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+            patch.setattr(sys, "argv", [str(path), "--help"])
+            patch.syspath_prepend(path.parent)
+            with pytest.raises(SystemExit):
+                runpy.run_path(str(path), run_name="__main__")
+        found |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", output.getvalue()))
+    return found
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_flags_mentioned_exist(path, flags):
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text()))
+    assert not mentioned - flags - OTHER_FLAGS
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_mentioned_exist(path):
+    text = path.read_text()
+    paths = set(re.findall(r"(?<![\w./-])((?:ocrnet|tests)/[\w./-]*\w)", text))
+    assert not {name for name in paths if not (ROOT / name).exists()}
+    names = set(re.findall(r"(?<![\w./-])(\w+\.py)\b", text))
+    assert not names - {
+        file.name for folder in (ROOT, ROOT / "ocrnet", ROOT / "tests") for file in folder.rglob("*.py")
     }
-    table = README.split("## How to read the code")[1].split("\n## ")[0]
-    for name, tensor in found.items():
-        assert f"{name} (B, {', '.join(map(str, tensor.shape[1:]))})" in table, name
-
-
-@pytest.mark.parametrize("name", ["train", "evaluate", "plot_curve", "prepare_cityscapes"])
-def test_help_is_one_screen(name, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit):
-        importlib.import_module(name).main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 50 and max(map(len, lines)) <= 120

@@ -8,17 +8,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, RUN, entries, error_of
+from conftest import ROOT, TINY_RUN, entries, error_of
 from PIL import Image
 
 import evaluate
+import train
 from ocrnet.checkpoint import load_model
 from ocrnet.data.cityscapes import find_samples
-from ocrnet.data.classes import CITYSCAPES, ClassTable, Label
+from ocrnet.data.classes import CITYSCAPES
 from ocrnet.data.images import read_image, to_tensor
 from ocrnet.device import Accelerator
 from ocrnet.errors import InputError
-from ocrnet.explain import find_label
 from ocrnet.inference import overlay, predict
 from ocrnet.models import build_model
 
@@ -71,20 +71,6 @@ def test_the_split_is_that_of_the_flag(main, trained, data, tmp_path, monkeypatc
     assert json.loads((tmp_path / "scores.json").read_text())["images"] == 6
 
 
-def test_predictions_are_exported_as_label_ids_under_the_images_names(main, trained, data, tmp_path):
-    flags = ["--data-path", data, "--device", "cpu", "--export", tmp_path / "out"]
-    main("evaluate.py", "--ckpt", trained / "last.pt", *flags)
-    images = sorted((data / "leftImg8bit/val").rglob("*.png"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in images]
-    model, _ = load_model(trained / "last.pt")
-    for path in images:
-        exported = Image.open(tmp_path / "out" / path.name)
-        assert exported.mode == "L" and exported.size == Image.open(path).size
-        assert set(np.unique(exported)) <= set(CITYSCAPES.ids)
-    classes = predict(model, to_tensor(read_image(path))[None], Accelerator("cpu"))[0].argmax(0)
-    assert np.mean(np.asarray(exported) == np.array(CITYSCAPES.ids)[classes]) > 0.999
-
-
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,36 +108,6 @@ def test_images_of_any_size_are_colored_and_explained(main, trained, images, tmp
         Image.open(path).verify()
 
 
-def test_a_pixel_outside_of_an_image_is_refused(main, trained, images, tmp_path):
-    flags = ["--ckpt", trained / "best.pt", "--device", "cpu", "--images", images[0], "--explain", tmp_path / "steps"]
-    for x, y in ((161, 0), (0, 97), (-1, 0)):
-        with pytest.raises(InputError, match=f"^--pixel {x} {y}: .*odd.jpg"):
-            main("evaluate.py", *flags, "--pixel", x, y)
-
-
-def test_images_are_not_overwritten(main, trained, images, tmp_path):
-    gray = images[1]
-    shutil.copy(gray, tmp_path / "gray_overlay.png")
-    before = gray.read_bytes()
-    flags = ["--ckpt", trained / "best.pt", "--device", "cpu", "--images", gray]
-    for more in (["--save", tmp_path], [tmp_path / "gray_overlay.png", "--save", tmp_path / "new"]):
-        with pytest.raises(InputError, match=f"^--save {more[-1]}: .*gray"):
-            main("evaluate.py", *flags, *more)
-    assert gray.read_bytes() == (tmp_path / "gray_overlay.png").read_bytes() == before
-
-
-def test_a_label_is_found_beside_an_image_of_a_data_set_with_the_same_classes(data, tmp_path):
-    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    sample = find_samples(tmp_path, "val")[0]
-    assert np.array_equal(find_label(sample.image, CITYSCAPES), np.asarray(Image.open(sample.label)))
-    assert find_label(tmp_path / "street.jpg", CITYSCAPES) is None
-    other = ClassTable([Label("road", 1, 0, "", (0, 0, 0)), Label("house", 2, 1, "", (0, 0, 0))])
-    assert find_label(sample.image, other) is None
-    Image.new("RGB", (20, 10)).save(sample.image)
-    with pytest.raises(InputError, match=f"^{sample.label}: .*20x10"):
-        find_label(sample.image, CITYSCAPES)
-
-
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +130,9 @@ def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path
     main("evaluate.py", "--ckpt", trained / "last.pt", *where, *flags.split())
     expected = dict(scales=[0.5, 1.0], flip=True, slide=[64, 96], stride=[32, 48])
     assert calls == [(True, torch.float16, expected)] * 5
+    written = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in images}
+    assert written == {"export": names, "scores": set()}.get(what, names | {f"{x.stem}_overlay.png" for x in images})
 
 
 @pytest.mark.parametrize(
@@ -228,8 +187,10 @@ def categories(main, data, tmp_path_factory):
     with pytest.raises(InputError, match=f"^{root}/gtFine/val/.*_labelTrainIds.png: "):
         find_samples(root, "val")
     main("prepare_cityscapes.py", "--data-path", root)
-    flags = [*RUN, "--workers", 0, "--max-iters", 1, "--head", "fcn"]
-    main("train.py", *flags, "--data-path", root, "--output-dir", root / "run")
+    flags = [*TINY_RUN, "--workers", 0, "--max-iters", 1, "--head", "fcn"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_run", lambda *args: None)
+        main("train.py", *flags, "--data-path", root, "--output-dir", root / "run")
     return root
 
 

@@ -67,10 +67,10 @@ def test_different_shapes_are_refused():
 
 def test_merged_classes_are_scored_as_one():
     target, prediction = torch.randint(0, 4, (500,)), torch.randint(0, 4, (500,))
-    fine, coarse = ConfusionMatrix(4), ConfusionMatrix(2)
-    fine.update(target, prediction)
-    coarse.update(target // 2, prediction // 2)
-    assert torch.equal(fine.merged([0, 0, 1, 1]).counts, coarse.counts)
+    classes, groups = ConfusionMatrix(4), ConfusionMatrix(2)
+    classes.update(target, prediction)
+    groups.update(target // 2, prediction // 2)
+    assert torch.equal(classes.merged([0, 0, 1, 1]).counts, groups.counts)
 
 
 def test_row_baseline_predicts_the_most_frequent_class_of_the_row():

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from ocrnet.errors import InputError
-from ocrnet.logs import read_log
 
 TRAIN = [{"split": "train", "iter": i, "loss": 3 / i, "lr": 0.01 / i} for i in (1, 2, 3, 4)]
 VAL = [{"split": "val", "iter": 2, "mIoU": 0.25}, {"split": "val", "iter": 4, "mIoU": 0.125}]
@@ -50,31 +49,6 @@ def test_logs_of_one_name_are_told_apart_by_their_paths(main, logs, tmp_path, ca
     paths = [logs[0], tmp_path / "other/run"]
     main("plot_curve.py", *paths, "--output", tmp_path / "both.png")
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == list(map(str, paths))
-
-
-def test_a_log_of_mmengine_is_read_with_colors_and_without_an_iteration_of_its_validation(logs, tmp_path):
-    log = read_log(logs[1])
-    assert log.train == [
-        {"split": "train", "iter": 1, "loss": 2.5, "lr": 0.01},
-        {"split": "train", "iter": 50, "loss": 1.9, "lr": 9.9891e-3},
-    ]
-    assert log.val == [{"split": "val", "iter": 50, "mIoU": 0.615}]
-    work_dir = tmp_path / "hr18/20240501_100000"
-    work_dir.mkdir(parents=True)
-    shutil.copy(logs[1], work_dir / "20240501_100000.log")
-    assert read_log(work_dir / "20240501_100000.log").name == "hr18"  # not the time of its start
-
-
-def test_a_log_that_ends_in_the_middle_of_a_line_is_read_up_to_there(logs):
-    file = logs[0] / "log.jsonl"
-    file.write_text(file.read_text() + '{"split": "train", "it')
-    assert read_log(file) == ("run", TRAIN, VAL)
-
-
-def test_a_validation_without_valid_pixels_is_left_out(logs):
-    file = logs[0] / "log.jsonl"
-    file.write_text(file.read_text() + '{"split": "val", "iter": 6, "mIoU": null}\n')
-    assert read_log(logs[0]).val == VAL
 
 
 def test_a_file_without_entries_and_a_missing_one_are_named(main, tmp_path):

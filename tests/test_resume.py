@@ -4,20 +4,27 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EIGHT_ITERATIONS, ROOT, RUN, entries, error_of, kill, processes_of, same_run, until
+from conftest import EIGHT_ITERATIONS, TINY_RUN, entries, same_run, until
 
+import train
 from ocrnet.checkpoint import load_checkpoint, save_checkpoint
+from ocrnet.device import Accelerator
 from ocrnet.errors import InputError
 from ocrnet.run import MAY_DIFFER, MUST_MATCH, RunFolder, check_resumable
+
+TWO_AS_ONE = ["--workers", 0, "--accum-steps", 2]  # one process with the global batch of two
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Skips the figures at the end of a run, which take seconds."""
+    monkeypatch.setattr(train, "draw_run", lambda *args: None)
 
 
 def is_training(folder):
@@ -35,61 +42,64 @@ def copy_at(trained, folder, **progress):
 # ---- kill, stop, resume ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_killed_at_random_moments_resumes_to_the_same_weights_and_validations(script, trained, data, tmp_path):
+def test_a_run_killed_and_stopped_at_random_moments_ends_as_an_undisturbed_one(script, trained, data, tmp_path):
     seed = random.randrange(10**6)
     rng = random.Random(seed)
-    print(f"seed of the kills: {seed}")
+    print(f"seed of the interruptions: {seed}")
     flags = [*EIGHT_ITERATIONS, "--data-path", data, "--output-dir", tmp_path / "run", "--resume"]
     for number in (signal.SIGKILL, signal.SIGTERM):
         running = script("train.py", *flags, processes=2, wait=False)
-        until(lambda running=running: is_training(tmp_path / "run") or running.poll() is not None)
+        until(lambda running=running: is_training(tmp_path / "run") or not running.is_alive())
         time.sleep(rng.uniform(0, 3))
-        if number == signal.SIGKILL:
-            kill(running)
-        else:
-            running.terminate()
-            running.wait(120)
+        running.send(number)
+        running.wait()
     script("train.py", *flags, processes=2)
     same_run(trained, tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_saves_and_leaves(script, data, tmp_path, number):
-    flags = [*RUN, "--max-iters", 1000, "--data-path", data, "--output-dir", tmp_path / "run"]
-    with open(tmp_path / "output", "w") as output:
-        running = script("train.py", *flags, wait=False, stdout=output, stderr=output)
-        until(lambda: is_training(tmp_path / "run"))
-        for pid, _, _ in processes_of(running.pid):  # also to the loader worker, as schedulers do
-            os.kill(pid, number)
-        assert running.wait(120) == 128 + number
+    flags = [*TINY_RUN, "--max-iters", 1000, "--data-path", data, "--output-dir", tmp_path / "run"]
+    running = script("train.py", *flags, wait=False)
+    until(lambda: is_training(tmp_path / "run"))
+    running.send(number)  # also to the loader worker
+    assert running.wait() == 128 + number
     iteration = load_checkpoint(tmp_path / "run/last.pt")["iter"]
     assert iteration == entries(tmp_path / "run/log.jsonl")[-1]["iter"] < 1000
-    output = (tmp_path / "output").read_text()
-    assert f" {iteration}" in output.splitlines()[-1] and "Traceback" not in output
+    assert f" {iteration}" in running.stdout.splitlines()[-1] and "Traceback" not in running.stderr
 
 
-def test_a_kill_during_the_writing_of_a_checkpoint_leaves_a_complete_one(tmp_path):
-    code = (
+def test_a_process_whose_torchrun_is_gone_saves_and_leaves(main, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_orphan", lambda self: True)
+    flags = ["--workers", 0, "--max-iters", 1000, "--data-path", data, "--output-dir", tmp_path / "run"]
+    with pytest.raises(SystemExit) as error:
+        main("train.py", *TINY_RUN, *flags)
+    assert error.value.code == 128 + signal.SIGTERM and load_checkpoint(tmp_path / "run/last.pt")["iter"] == 1
+
+
+def test_a_kill_during_the_writing_of_a_checkpoint_leaves_a_complete_one(script, tmp_path):
+    (tmp_path / "writer.py").write_text(
         "import sys, torch; from pathlib import Path; from ocrnet.checkpoint import save_checkpoint\n"
         "for i in range(10**6):\n"
         "    save_checkpoint(Path(sys.argv[1]), {'model': {'x': torch.full((10**6,), i)}, 'config': i})"
     )
-    path = tmp_path / "last.pt"
-    for _ in range(2):
-        writer = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
-        until(path.exists)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for _ in range(3):
+        writer = script(tmp_path / "writer.py", folder / "last.pt", wait=False)
+        until((folder / "last.pt").exists)
         time.sleep(random.uniform(0, 0.2))
-        writer.kill()
+        writer.send(signal.SIGKILL)
         writer.wait()
-        state = load_checkpoint(path)
+        state = load_checkpoint(folder / "last.pt")
         assert (state["model"]["x"] == state["config"]).all()
-        path.unlink()
-    (tmp_path / "last.pt.part1").write_bytes(b"half")
-    RunFolder(tmp_path, is_main=True)
-    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]  # no partial file stays
+        (folder / "last.pt").unlink()
+    (folder / "last.pt.part1").write_bytes(b"half")
+    RunFolder(folder, is_main=True)
+    assert [file.name for file in folder.iterdir()] == ["log.jsonl"]  # no partial file stays
 
 
-def test_a_run_stopped_before_a_validation_starts_with_it(main, trained, data, tmp_path, monkeypatch):
+def test_a_run_stopped_before_a_validation_starts_with_it(main, trained, data, tmp_path, no_figures):
     folder = copy_at(trained, tmp_path / "run", validated=4)
     (folder / "log.jsonl").write_text((trained / "log.jsonl").read_text())
     main("train.py", *EIGHT_ITERATIONS, *TWO_AS_ONE, "--data-path", data, "--output-dir", folder, "--resume")
@@ -97,10 +107,9 @@ def test_a_run_stopped_before_a_validation_starts_with_it(main, trained, data, t
     assert load_checkpoint(folder / "last.pt")["validated"] == 8
 
 
-TWO_AS_ONE = ["--workers", 0, "--accum-steps", 2]  # one process with the global batch of two
-
-
-def test_a_run_continues_with_other_processes_where_the_global_batch_stays(main, trained, data, tmp_path, capsys):
+def test_a_run_continues_with_other_processes_where_the_global_batch_stays(
+    main, trained, data, tmp_path, no_figures, capsys
+):
     folder = copy_at(trained, tmp_path / "run", iter=7, validated=4)
     flags = ["--data-path", data, "--output-dir", folder, "--resume", "--lr", 0.02]
     main("train.py", *EIGHT_ITERATIONS, *TWO_AS_ONE, *flags)
@@ -212,31 +221,33 @@ def test_only_rank_0_writes_and_adds_its_entries_to_every_checkpoint(tmp_path):
     assert entries(tmp_path / "run/log.jsonl") == [{"split": "train", "iter": 1}]
 
 
-def test_a_second_run_into_a_folder_is_refused(main, data, tmp_path):
-    code = (
-        "import sys; from ocrnet.run import RunFolder; folder = RunFolder(sys.argv[1], is_main=True)\n"
-        "folder.log({'split': 'train', 'iter': 1}); sys.stdin.read()"
+def test_a_second_run_into_a_folder_is_refused(script, main, data, tmp_path):
+    (tmp_path / "first.py").write_text(
+        "import sys, time; from ocrnet.run import RunFolder; folder = RunFolder(sys.argv[1], is_main=True)\n"
+        "folder.log({'split': 'train', 'iter': 1}); time.sleep(600)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    first = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
+    first = script(tmp_path / "first.py", tmp_path / "run", wait=False)
     until(lambda: is_training(tmp_path / "run"))
-    flags = [*RUN, "--max-iters", 1, "--data-path", data, "--output-dir", tmp_path / "run", "--resume"]
+    flags = [*TINY_RUN, "--max-iters", 1, "--data-path", data, "--output-dir", tmp_path / "run", "--resume"]
     with pytest.raises(InputError, match=f"^--output-dir {tmp_path / 'run'}: "):
         main("train.py", *flags)
-    first.communicate()
     assert len(entries(tmp_path / "run/log.jsonl")) == 1  # nothing was cut
+    first.send(signal.SIGKILL)
+    first.wait()
     RunFolder(tmp_path / "run", is_main=True)  # free again
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(script, trained, tmp_path, data):
+def test_a_full_disk_leaves_the_last_checkpoint(main, trained, tmp_path, data):
     folder = copy_at(trained, tmp_path / "run", validated=4)  # resuming validates and saves
     before = (folder / "last.pt").read_bytes()
-    limit = len(before) // 2
-    done = script(
-        "train.py", *EIGHT_ITERATIONS, *TWO_AS_ONE, "--data-path", data, "--output-dir", folder, "--resume",
-        ok=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-    assert error_of(done).startswith(f"error: {folder / 'last.pt'}: ")
+    flags = [*EIGHT_ITERATIONS, *TWO_AS_ONE, "--data-path", data, "--output-dir", folder, "--resume"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(InputError, match=f"^{folder / 'last.pt'}: "):
+            main("train.py", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (folder / "last.pt").read_bytes() == before
     assert {file.name for file in folder.iterdir()} == {"last.pt", "log.jsonl"}
 

@@ -147,6 +147,7 @@ def test_each_change_has_probability_one_half():
 
 
 def test_image_is_normalized_with_imagenets_mean_and_std():
-    image = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
-    expected = [(124 - 123.675) / 58.395, (116 - 116.28) / 57.12, (104 - 103.53) / 57.375]
-    torch.testing.assert_close(preprocess(image).flatten(), torch.tensor(expected))
+    for red, green, blue in ((124, 116, 104), (255, 0, 255), (0, 255, 0)):
+        image = torch.tensor([red, green, blue], dtype=torch.uint8).view(1, 3, 1, 1)
+        expected = [(red - 123.675) / 58.395, (green - 116.28) / 57.12, (blue - 103.53) / 57.375]
+        torch.testing.assert_close(preprocess(image).flatten(), torch.tensor(expected))

@@ -239,6 +239,12 @@ def test_weights_of_another_backbone_are_refused(model, tmp_path, name):
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
 
 
+def test_tensor_of_another_shape_is_refused(model, tmp_path):
+    torch.save({**model.state_dict(), "backbone.conv2.weight": torch.zeros(64, 64, 1, 1)}, tmp_path / "x.pth")
+    message = refused(load_weights, model, tmp_path / "x.pth")
+    assert all(text in message for text in (str(tmp_path / "x.pth"), "backbone.conv2.weight", "--model"))
+
+
 def test_file_with_too_little_of_the_backbone_is_refused(model, tmp_path):
     torch.save({"conv1.weight": model.backbone.conv1.weight}, tmp_path / "little.pth")
     assert str(tmp_path / "little.pth") in refused(load_weights, model, tmp_path / "little.pth")

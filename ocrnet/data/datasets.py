@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .cityscapes import Sample
+from .classes import ClassTable
 from .images import read_image, read_label, to_tensor
 from .packed import read_pixels
 from .transforms import NO_CHANGE, crop_image, sample_crop, sample_photometric
@@ -75,6 +77,14 @@ class EvalDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         sample = self.samples[index]
         return to_tensor(read_image(sample.image)), to_tensor(read_label(sample.label))
+
+
+class Data(NamedTuple):
+    """The data of a run."""
+
+    table: ClassTable
+    train: TrainDataset
+    val: EvalDataset
 
 
 class InfiniteSampler(Sampler):

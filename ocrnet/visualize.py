@@ -88,7 +88,7 @@ def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: C
         if aux:
             maps["auxiliary output"] = aux[0]
         colors = {title: table.palette[classes] for title, classes in maps.items()}
-        errors = {"errors, in the color of the prediction": error_map(label, final, table)}
+        errors = {"errors (color: prediction)": error_map(label, final, table)}
         row = axes[i * columns : (i + 1) * columns]
         show_images(row, {"image": image, **colors, **errors})
         for axis in row if i else ():  # titles above the first row only

@@ -77,7 +77,7 @@ def restore_model(state: dict, path: Path) -> OCRNet:
     try:
         model = build_model(**state["config"])
         model.load_state_dict(state["model"], assign=True)  # with their memory format, which affects the last bit
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (InputError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: its tensors do not fit its 'config' ({reason})") from None
     return model

@@ -64,5 +64,6 @@ def test_a_checkpoint_of_sdaa_is_scored_and_resumed_on_another_device_and_back(s
 
 def test_only_visible_cards_are_used(script, data, tmp_path, monkeypatch):
     monkeypatch.setenv("SDAA_VISIBLE_DEVICES", "0")
-    done = script("train.py", *SDAA, "--data-path", data, "--output-dir", tmp_path, processes=2, ok=False)
+    flags = [*SDAA, "--data-path", data, "--output-dir", tmp_path, "--timeout", 10]
+    done = script("train.py", *flags, processes=2, ok=False)
     assert re.search(r"^error: --device sdaa: .*\b1\b", done.stderr, re.MULTILINE)

@@ -22,7 +22,7 @@ from ocrnet.sync_bn import SyncBatchNorm2d, convert_sync_bn
 
 def in_processes(work, folder, count, *args):
     """Run work(rank, *args) in processes with a Gloo group. Return the results by rank."""
-    mp.start_processes(_one, (work, folder, count, args), nprocs=count, start_method="spawn")
+    mp.start_processes(_one, (work, folder, count, args), nprocs=count, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 

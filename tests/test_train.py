@@ -165,6 +165,7 @@ def test_training_starts_from_the_weights_and_ends_with_the_score_and_the_files(
 
 def test_flags_override_the_demo_which_generates_its_data(main, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "write_dataset", lambda root: write_dataset(root, {"train": 2, "val": 1}))
+    monkeypatch.chdir(tmp_path)  # whose runs/demo does not exist
     flags = ["--data-path", tmp_path / "data", "--max-iters", 7, "--device", "cpu"]
     main("train.py", "--demo", *flags, "--dry-run")
     output = capsys.readouterr().out

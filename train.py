@@ -31,13 +31,12 @@ from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError
-from ocrnet.evaluation import baseline_of, evaluate, sample_predictions, without_nan
+from ocrnet.evaluation import baseline_of, evaluate, without_nan
 from ocrnet.inference import predict
-from ocrnet.logs import read_log
-from ocrnet.losses import ocr_loss
-from ocrnet.models import BACKBONES, HEADS, build_model, load_weights
+from ocrnet.losses import OHEM, ocr_loss
+from ocrnet.models import BACKBONES, HEAD_INITS, HEADS, build_model, load_weights, reset_parameters
 from ocrnet.progress import Progress
-from ocrnet.run import RunFolder, RunState, check_resumable, load_last, run_settings
+from ocrnet.run import RunFolder, RunState, check_resumable, draw_run, load_last, run_settings
 from ocrnet.schedule import poly_lr
 from ocrnet.script import make_parser, run_script
 from ocrnet.signals import StopSignal, ignore_signals_in_worker
@@ -70,9 +69,13 @@ def parse_args() -> Namespace:
     group.add_argument("--weight-decay", type=float, default=5e-4, metavar="X", help="of SGD")
     group.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels")
     group.add_argument("--scale-range", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="sizes")
+    group.add_argument("--scale-step", type=float, default=0, metavar="X", help="MIN, MIN + X, ...; 0: any scale")
+    group.add_argument("--cat-max-ratio", type=float, default=0.75, metavar="R", help="of a class in a crop; 1: any")
     group.add_argument("--color-jitter", action=BooleanOptionalAction, default=True, help="photometric distortion")
     group.add_argument("--class-weights", action="store_true", help="the authors' class weights for Cityscapes")
-    group.add_argument("--ohem", type=float, metavar="P", help="only pixels with probability < P in the final loss")
+    group.add_argument("--avg-non-ignore", action="store_true", help="divide the loss by the pixels not ignored")
+    group.add_argument("--ohem", choices=OHEM, help="only hard pixels in the final loss, chosen as there")
+    group.add_argument("--head-init", choices=HEAD_INITS, default="mmsegmentation", help="authors: PyTorch's default")
     group.add_argument("--dropout", type=float, metavar="P", help="before the classifier; default: HRNet 0, ResNet 0.1")
     group.add_argument("--align-corners", action="store_true", help="resize feature maps as the authors do")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, crops and dropout")
@@ -96,6 +99,10 @@ def parse_args() -> Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more, found {getattr(args, name)}")
     if not 0 < args.scale_range[0] <= args.scale_range[1]:
         parser.error(f"--scale-range: expected 0 < MIN <= MAX, found {args.scale_range[0]} {args.scale_range[1]}")
+    if args.scale_step < 0:
+        parser.error(f"--scale-step: expected 0 or more, found {args.scale_step}")
+    if not 0 < args.cat_max_ratio <= 1:
+        parser.error(f"--cat-max-ratio: expected more than 0, at most 1, found {args.cat_max_ratio}")
     if min(args.crop_size) < 32:
         parser.error(f"--crop-size: expected 32 or more, found {args.crop_size[0]} {args.crop_size[1]}")
     args.output_dir = args.output_dir or Path("runs") / (args.model + ("" if args.head == "ocr" else "-" + args.head))
@@ -115,7 +122,9 @@ def build_data(args: Namespace, accelerator: Accelerator) -> Data:
     train, val = find_samples(args.data_path, "train"), find_samples(args.data_path, "val")
     check_samples((train + val)[accelerator.rank :: accelerator.world_size], len(table), quiet=not accelerator.is_main)
     accelerator.barrier()
-    train_set = TrainDataset(train, args.crop_size, args.seed, args.scale_range, args.color_jitter)
+    train_set = TrainDataset(
+        train, args.crop_size, args.seed, args.scale_range, args.color_jitter, args.cat_max_ratio, args.scale_step
+    )
     return Data(table, train_set, EvalDataset(val))
 
 
@@ -127,6 +136,8 @@ def build_state(args: Namespace, num_classes: int, checkpoint: dict | None, acce
     else:
         model = build_model(args.model, num_classes, args.align_corners, args.dropout, head=args.head)
         model = model.to(memory_format=torch.channels_last)
+        if args.head_init == "authors":
+            reset_parameters(model.head)
         if args.weights:
             accelerator.print0(f"{args.weights}: {load_weights(model, args.weights)}")
     model = accelerator.convert_sync_bn(model).to(accelerator.device)
@@ -178,7 +189,7 @@ def train_step(
         model.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP: average gradients once per step
         with accelerator.autocast():
             outputs = model(image)  # logits, region_logits, (B, K, H, W) each
-        loss, parts = ocr_loss(outputs, label, class_weights, args.ohem)
+        loss, parts = ocr_loss(outputs, label, class_weights, args.ohem, args.avg_non_ignore)
         del outputs  # the largest tensors; the backward pass does not need them
         state.scaler.scale(loss / args.accum_steps).backward()
         losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
@@ -206,7 +217,7 @@ def train(
     args: Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder
 ) -> signal.Signals | None:
     """Train until --max-iters or a stop signal, which is returned."""
-    model = accelerator.wrap_ddp(torch.compile(state.model) if args.compile else state.model)
+    model = accelerator.wrap_ddp(accelerator.compile(state.model) if args.compile else state.model)
     global_batch = args.batch_size * args.accum_steps * accelerator.world_size
     start = state.iteration * global_batch  # images seen
     sampler = InfiniteSampler(len(data.train), args.seed, accelerator.rank, accelerator.world_size, start)
@@ -251,16 +262,6 @@ def train(
             progress.restart()  # the reported speed is that of training
     progress.close()
     return stopped
-
-
-def draw_run(folder: Path, state: RunState, data: Data, accelerator: Accelerator) -> None:
-    """curve.png, samples.png and, if there was a validation, scores.png."""
-    from ocrnet.visualize import plot_curves, save_samples, save_scores  # only here: matplotlib is slow to import
-
-    plot_curves([read_log(folder)], folder / "curve.png")
-    save_samples(folder / "samples.png", sample_predictions(state.model.eval(), data.val, accelerator), data.table)
-    if state.confusion:
-        save_scores(folder / "scores.png", state.confusion, data.table)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from .data.classes import ClassTable
 from .errors import InputError
 from .files import atomic_write
 from .models import OCRNet, build_model
-from .models.weights import build_from_checkpoint, read_file
+from .models.weights import build_from_checkpoint, check_finite, read_file
 
 
 def to_cpu(state: object) -> object:
@@ -72,11 +72,13 @@ def restore_model(state: dict, path: Path) -> OCRNet:
     """Build the model of a checkpoint, with its weights. ``path`` is for errors.
 
     Raises:
-        InputError: 'model' and 'config' do not fit.
+        InputError: 'model' and 'config' do not fit, or a tensor is nan or infinite.
     """
+    check_finite(state["model"], path)
     try:
         model = build_model(**state["config"])
         model.load_state_dict(state["model"], assign=True)  # with their memory format, which affects the last bit
+        model.float()  # half-precision tensors
     except (InputError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: its tensors do not fit its 'config' ({reason})") from None

@@ -27,13 +27,15 @@ class DeviceSpec(NamedTuple):
     amp: bool  # default of --amp
     plugin: str | None  # package that adds the device
     sync_bn: bool  # whether torch.nn.SyncBatchNorm supports it
+    compiler: str  # backend of torch.compile
+    counts: bool  # whether int64 and float64 sums on it are known to be exact
 
 
 # In order of preference. amp is off on CPUs: without bf16 instructions bf16 is several times slower than fp32.
 DEVICES = {
-    "sdaa": DeviceSpec("tccl", torch.float16, True, "torch_sdaa", False),
-    "cuda": DeviceSpec("nccl", torch.float16, True, None, True),
-    "cpu": DeviceSpec("gloo", torch.bfloat16, False, None, False),
+    "sdaa": DeviceSpec("tccl", torch.float16, True, "torch_sdaa", False, "teco_inductor", False),
+    "cuda": DeviceSpec("nccl", torch.float16, True, None, True, "inductor", True),
+    "cpu": DeviceSpec("gloo", torch.bfloat16, False, None, False, "inductor", True),
 }
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -138,6 +140,15 @@ class Accelerator:
         if self.spec.plugin:
             return self.module.amp.GradScaler(enabled=enabled)
         return torch.amp.GradScaler(self.device.type, enabled=enabled)
+
+    def compile(self, model: nn.Module) -> nn.Module:
+        """The model, compiled by torch.compile. Its parameters are shared."""
+        return torch.compile(model, backend=self.spec.compiler)
+
+    @property
+    def metric_device(self) -> torch.device:
+        """Where pixels are counted: on the device if its int64 and float64 sums are known to be exact, else the CPU."""
+        return self.device if self.spec.counts else torch.device("cpu")
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """The model in DistributedDataParallel, under torchrun."""

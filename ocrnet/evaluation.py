@@ -43,21 +43,20 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    confusion = ConfusionMatrix(num_classes, accelerator.device)
+    confusion = ConfusionMatrix(num_classes, accelerator.metric_device)
     shard = range(accelerator.rank, len(dataset), accelerator.world_size)
     loader = DataLoader(
         dataset, batch_size=1, sampler=shard, num_workers=workers, worker_init_fn=ignore_signals_in_worker
     )
     quiet = None if accelerator.is_main else True  # None: a bar on terminals
     for image, label, *instances in tqdm(loader, desc="evaluating", leave=False, disable=quiet):
-        label = label.to(accelerator.device)  # (1, H, W)
-        prediction = predict(model, image).argmax(dim=1)  # (1, H, W)
-        confusion.update(label, prediction)
+        prediction = predict(model, image).argmax(dim=1).to(accelerator.metric_device)  # (1, H, W)
+        confusion.update(label.to(accelerator.metric_device), prediction)  # label (1, H, W)
         if instance_iou:
-            instance_iou.update(instances[0].to(accelerator.device), prediction)
-    confusion.reduce()
+            instance_iou.update(instances[0].to(accelerator.metric_device), prediction)
+    confusion.reduce(accelerator.device)
     if instance_iou:
-        instance_iou.reduce()
+        instance_iou.reduce(accelerator.device)
     model.train(training)
     return confusion
 
@@ -93,7 +92,7 @@ def evaluate_split(
     train = find_samples(root, "train") if baseline else []
     check_samples(samples[accelerator.rank :: accelerator.world_size], len(table), quiet=not accelerator.is_main)
     accelerator.barrier()
-    instance_iou = InstanceIoU(accelerator.device) if has_instances(samples, table) else None
+    instance_iou = InstanceIoU(accelerator.metric_device) if has_instances(samples, table) else None
     dataset = InstanceDataset(samples) if instance_iou else EvalDataset(samples)
     confusion = evaluate(model, dataset, len(table), accelerator, predict, workers, instance_iou)
     scores = {"images": len(samples), **summarize(confusion, table, instance_iou)}

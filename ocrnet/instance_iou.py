@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .data.cityscapes import Sample
 from .data.classes import CITYSCAPES, IGNORE_INDEX, ClassTable
 from .data.datasets import EvalDataset
 from .data.images import decode
-from .metrics import ConfusionMatrix
+from .metrics import ConfusionMatrix, sum_over_processes
 
 # Pixels of the average instance in the training set (cityscapesScripts, evalPixelLevelSemanticLabeling).
 AVERAGE_INSTANCE = {
@@ -79,10 +78,9 @@ class InstanceIoU:
         counted = torch.stack([in_class, in_category, torch.ones_like(in_class)], dim=1) * weight[:, None]
         self.sums.index_add_(0, classes, counted)
 
-    def reduce(self) -> None:
-        """Sum over all processes, in place."""
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
+    def reduce(self, device: torch.device | None = None) -> None:
+        """Sum over all processes, in place. See ``metrics.sum_over_processes``."""
+        self.sums = sum_over_processes(self.sums, device)
 
     def iou(self, confusion: ConfusionMatrix) -> tuple[Tensor, Tensor]:
         """iIoU of each class (K,) and of each category. nan for those without instances."""

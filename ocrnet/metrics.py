@@ -12,6 +12,22 @@ from torch import Tensor
 from .data.classes import IGNORE_INDEX
 
 
+def sum_over_processes(x: Tensor, device: torch.device | None = None) -> Tensor:
+    """The exact sum of an int64 or float64 tensor over all processes.
+
+    The numbers are gathered and added on the CPU, as a device may have no exact int64 or float64 addition (SDAA).
+
+    Args:
+        device: of the process group. None for that of x.
+    """
+    if not dist.is_initialized():
+        return x
+    words = x.view(torch.int64).to(device or x.device)
+    parts = [torch.empty_like(words) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, words)
+    return torch.stack([part.cpu().view(x.dtype) for part in parts]).sum(0).to(x.device)
+
+
 class ConfusionMatrix:
     """K x K pixel counts: rows are labels, columns predictions.
 
@@ -22,7 +38,7 @@ class ConfusionMatrix:
 
     Args:
         num_classes: K. Pixels labeled 255 are ignored.
-        device: of the counts; the process group of ``reduce`` must support it.
+        device: of the counts.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
@@ -46,10 +62,9 @@ class ConfusionMatrix:
         pairs = torch.bincount(self.num_classes * target + prediction, minlength=self.num_classes**2)
         self.counts += pairs.view_as(self.counts).to(self.counts.device)
 
-    def reduce(self) -> None:
-        """Sum over all processes, in place."""
-        if dist.is_initialized():
-            dist.all_reduce(self.counts)
+    def reduce(self, device: torch.device | None = None) -> None:
+        """Sum over all processes, in place. See ``sum_over_processes``."""
+        self.counts = sum_over_processes(self.counts, device)
 
     def true_positives(self) -> Tensor:
         """(K,) float64."""

@@ -14,9 +14,12 @@ import torch
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data.classes import ClassTable
+from .data.datasets import Data
 from .device import Accelerator
 from .errors import InputError
+from .evaluation import sample_predictions
 from .files import remove_partial_files
+from .logs import read_log
 from .metrics import ConfusionMatrix
 from .models import OCRNet
 
@@ -59,8 +62,9 @@ MUST_MATCH = [
     "model", "head", "align_corners", "dropout", "max_iters", "seed", "classes", "global_batch", "train_images",
 ]  # fmt: skip
 MAY_DIFFER = [
-    "lr", "min_lr", "momentum", "weight_decay", "crop_size", "scale_range", "color_jitter", "class_weights", "ohem",
-    "accum_steps", "world_size", "device", "amp", "amp_dtype",
+    "lr", "min_lr", "momentum", "weight_decay", "crop_size", "scale_range", "scale_step", "cat_max_ratio",
+    "color_jitter", "class_weights", "avg_non_ignore", "ohem", "accum_steps", "world_size", "device", "amp",
+    "amp_dtype",
 ]  # fmt: skip
 
 
@@ -177,3 +181,13 @@ class RunFolder:
         if self.is_main:
             os.fsync(self.file.fileno())
             save_checkpoint(self.path / name, {**state, **self.entries})
+
+
+def draw_run(folder: Path, state: RunState, data: Data, accelerator: Accelerator) -> None:
+    """curve.png, samples.png and, if there was a validation, scores.png."""
+    from .visualize import plot_curves, save_samples, save_scores  # only here: matplotlib is slow to import
+
+    plot_curves([read_log(folder)], folder / "curve.png")
+    save_samples(folder / "samples.png", sample_predictions(state.model.eval(), data.val, accelerator), data.table)
+    if state.confusion:
+        save_scores(folder / "scores.png", state.confusion, data.table)

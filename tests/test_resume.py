@@ -134,6 +134,7 @@ SETTINGS = dict(
     model="hr18s", head="ocr", align_corners=False, dropout=None, max_iters=9, seed=0, classes="road, house",
     global_batch=4, train_images=6,
     lr=0.01, min_lr=1e-4, momentum=0.9, weight_decay=5e-4, crop_size=[32, 64], scale_range=[0.5, 2.0],
+    scale_step=0, cat_max_ratio=0.75, avg_non_ignore=False,
     color_jitter=True, class_weights=False, ohem=None, accum_steps=1, world_size=2, device="cpu", amp=False,
     amp_dtype="torch.bfloat16", workers=1, output_dir="run",
 )  # fmt: skip
@@ -141,7 +142,8 @@ OTHERS = dict(
     model="hr18", head="fcn", align_corners=True, dropout=0.1, max_iters=10, seed=1, classes="road", global_batch=6,
     train_images=7,
     lr=0.02, min_lr=0.0, momentum=0.8, weight_decay=1e-4, crop_size=[64, 64], scale_range=[0.5, 2.1],
-    color_jitter=False, class_weights=True, ohem=0.7, accum_steps=2, world_size=1, device="cuda", amp=True,
+    scale_step=0.1, cat_max_ratio=1, avg_non_ignore=True,
+    color_jitter=False, class_weights=True, ohem="authors", accum_steps=2, world_size=1, device="cuda", amp=True,
     amp_dtype="torch.float16", workers=4, output_dir="copy",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -106,19 +107,21 @@ def test_flags_of_the_recipe_reach_the_run(main, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", raise_reached)
     flags = (
         "--workers 0 --max-iters 2 --batch-size 1 --accum-steps 2 --lr 0.02 --min-lr 0.004 --momentum 0.8 "
-        "--weight-decay 0.001 --crop-size 64 32 --scale-range 0.75 1.5 --no-color-jitter --class-weights --ohem 0.7 "
-        "--dropout 0.1 --align-corners --seed 3"
+        "--weight-decay 0.001 --crop-size 64 32 --scale-range 0.75 1.5 --scale-step 0.25 --cat-max-ratio 0.9 "
+        "--no-color-jitter --class-weights --avg-non-ignore --ohem authors --dropout 0.1 --align-corners --seed 3"
     )
     with pytest.raises(ReachedError):  # with the first validation, after the checkpoint
         main("train.py", *TINY_RUN, *flags.split(), "--data-path", data, "--output-dir", tmp_path)
 
     [(_, data_set)] = data_sets
     assert list(data_set.crop_size) == [64, 32] and list(data_set.scale_range) == [0.75, 1.5]
-    assert data_set.color_jitter is False and data_set.seed == 3
+    assert (data_set.scale_step, data_set.cat_max_ratio) == (0.25, 0.9) and data_set.color_jitter is False
+    assert data_set.seed == 3
     assert [args for args, _ in rates] == [(0.02, 0, 2, 0.004), (0.02, 1, 2, 0.004)]
     assert len(losses) == 4  # two batches for each of two steps
-    for (outputs, label, class_weights, ohem), _ in losses:
-        assert all(x.dtype == torch.float32 for x in outputs) and label.shape == (1, 64, 32) and ohem == 0.7
+    for (outputs, label, class_weights, ohem, avg_non_ignore), _ in losses:
+        assert all(x.dtype == torch.float32 for x in outputs) and label.shape == (1, 64, 32) and ohem == "authors"
+        assert avg_non_ignore is True
         assert torch.equal(class_weights, torch.tensor(CLASS_WEIGHTS))
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["config"]["align_corners"] is True and state["config"]["dropout"] == 0.1
@@ -149,7 +152,40 @@ def test_defaults_are_those_of_the_recipe(monkeypatch):
     assert (args.model, args.head, args.max_iters, args.batch_size, args.accum_steps) == ("hr18", "ocr", 40_000, 2, 1)
     assert (args.lr, args.min_lr, args.momentum, args.weight_decay) == (0.01, 1e-4, 0.9, 5e-4)
     assert (args.crop_size, args.scale_range, args.color_jitter) == ([512, 1024], [0.5, 2.0], True)
+    assert (args.scale_step, args.cat_max_ratio, args.avg_non_ignore) == (0, 0.75, False)
+    assert args.head_init == "mmsegmentation"
     assert not args.class_weights and args.ohem is None and args.dropout is None and not args.align_corners
+
+
+def test_the_readmes_command_is_the_authors_recipe(monkeypatch):
+    """Of experiments/cityscapes/seg_hrnet_ocr_w48_train_512x1024_sgd_lr1e-2_wd5e-4_bs_12_epoch484.yaml and lib/."""
+    [flags] = re.findall(r"\| the authors' W48 \| `(.*?)`", (ROOT / "README.md").read_text())
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    args = train.parse_args()
+    assert (args.model, args.head, args.batch_size * 4, args.accum_steps) == ("hr48", "ocr", 12, 1)  # on 4 devices
+    assert args.max_iters == 484 * (2975 // 12)  # epochs of 2,975 images, whose last batch is dropped
+    assert (args.lr, args.min_lr, args.momentum, args.weight_decay) == (0.01, 0, 0.9, 5e-4)
+    assert args.crop_size == [512, 1024] and args.cat_max_ratio == 1 and not args.color_jitter
+    assert args.scale_range[0] == 0.5 and args.scale_step == 0.1  # 0.5 + randint(0, 16) / 10
+    assert args.scale_range[1] == pytest.approx(0.5 + 16 / 10)
+    assert args.class_weights and args.avg_non_ignore and args.ohem is None
+    assert args.align_corners and args.dropout == 0.05 and args.head_init == "authors"
+
+
+def test_heads_start_as_in_mmsegmentation_or_as_pytorch_does(main, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", raise_reached)
+    states = record(monkeypatch, "build_state")
+    for init in ("mmsegmentation", "authors"):
+        with pytest.raises(ReachedError):
+            flags = ["--head-init", init, "--data-path", data, "--output-dir", tmp_path / init]
+            main("train.py", *TINY_RUN, *flags)
+    (_, ours), (_, theirs) = states
+    assert all(map(torch.equal, ours.model.backbone.parameters(), theirs.model.backbone.parameters()))
+    for conv in (theirs.model.head.region_head[-1], theirs.model.head.classifier[-1], theirs.model.head.g[0]):
+        bound = conv.in_channels**-0.5  # nn.Conv2d: uniform in +-1 / sqrt(fan_in)
+        assert 0.9 * bound < conv.weight.abs().max() <= bound
+    classifier = ours.model.head.classifier[-1]
+    assert 0.009 < classifier.weight.std() < 0.011 and not classifier.bias.any()
 
 
 def test_training_starts_from_the_weights_and_ends_with_the_score_and_the_files(main, data, trained, tmp_path, capsys):
@@ -183,6 +219,9 @@ def test_flags_override_the_demo_which_generates_its_data(main, tmp_path, monkey
         "--log-every 0",
         "--scale-range 2 1",
         "--scale-range 0 1",
+        "--scale-step -0.1",
+        "--cat-max-ratio 0",
+        "--cat-max-ratio 1.5",
         "--crop-size 16 64",
     ],
 )

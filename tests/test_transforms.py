@@ -15,6 +15,7 @@ from ocrnet.data.transforms import (
     preprocess,
     sample_crop,
     sample_photometric,
+    sample_scale,
 )
 
 # ---- crops -----------------------------------------------------------------------------------------------------------
@@ -74,6 +75,13 @@ def test_scale_is_uniform_and_half_of_the_crops_are_flipped():
     assert 0.45 < min(scales) < 0.6 and 1.85 < max(scales) < 2.2 and abs(np.mean(scales) - 1.25) < 0.07
 
 
+def test_scale_step_gives_the_authors_scales():
+    rng = random.Random(0)
+    scales = [sample_scale(rng, (0.5, 2.1), 0.1) for _ in range(1700)]
+    counts = [sum(abs(scale - (0.5 + k / 10)) < 1e-9 for scale in scales) for k in range(17)]
+    assert sum(counts) == 1700 and 60 < min(counts) <= max(counts) < 140  # 0.5 + k / 10, k = 0 .. 16, each as often
+
+
 def test_crop_dominated_by_one_class_is_sampled_again():
     label = Image.fromarray(np.repeat(np.array([[0] * 100 + [1] * 28], np.uint8), 64, 0))
     image = Image.new("RGB", label.size)
@@ -85,8 +93,8 @@ def test_crop_dominated_by_one_class_is_sampled_again():
             dominated += max(np.bincount(classes.ravel())[:2]) > 0.75 * 32 * 32
         return dominated / 200
 
-    # of 97 positions 69 show one class, 11 more have over 75 % of one; eleven samples
-    assert abs(share_of_dominated_crops(2.0) - 11 / 28) < 0.1
+    # of 97 positions 69 show one class, 11 more have over 75 % of one; one sample, and eleven
+    assert abs(share_of_dominated_crops(1.0) - 80 / 97) < 0.1
     assert abs(share_of_dominated_crops(0.75) - (80 / 97) ** 11) < 0.07
 
 

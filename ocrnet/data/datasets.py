@@ -32,7 +32,7 @@ class TrainDataset(Dataset):
         crop_size: (h, w).
         scale_range: range of the random resizing.
         color_jitter: sample a photometric distortion.
-        cat_max_ratio: see ``sample_crop``.
+        cat_max_ratio, scale_step: see ``sample_crop``.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class TrainDataset(Dataset):
         scale_range: tuple[float, float] = (0.5, 2.0),
         color_jitter: bool = True,
         cat_max_ratio: float = 0.75,
+        scale_step: float = 0.0,
     ):
         self.samples = samples
         self.crop_size = crop_size
@@ -50,6 +51,7 @@ class TrainDataset(Dataset):
         self.scale_range = scale_range
         self.color_jitter = color_jitter
         self.cat_max_ratio = cat_max_ratio
+        self.scale_step = scale_step
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -59,7 +61,9 @@ class TrainDataset(Dataset):
         rng = random.Random(f"{self.seed} {epoch} {index}")
         sample = self.samples[index]
         label = np.asarray(read_pixels(sample.label, read_label))  # (H, W)
-        params, label = sample_crop(label, self.crop_size, rng, self.scale_range, self.cat_max_ratio)  # (h, w)
+        params, label = sample_crop(
+            label, self.crop_size, rng, self.scale_range, self.cat_max_ratio, self.scale_step
+        )  # label (h, w)
         image = read_pixels(sample.image, partial(read_image, rows=params.top + params.height))
         photometric = torch.tensor(sample_photometric(rng) if self.color_jitter else NO_CHANGE)
         return crop_image(image, params, self.crop_size), label, photometric

@@ -36,27 +36,36 @@ class CropParams(NamedTuple):
     flip: bool
 
 
+def sample_scale(rng: random.Random, scale_range: tuple[float, float], step: float = 0.0) -> float:
+    """Sample the scale of an image: uniform in the range, or one of MIN, MIN + step, ..., MAX."""
+    low, high = scale_range
+    return rng.uniform(low, high) if step == 0 else low + step * rng.randint(0, int((high - low) / step + 1e-6))
+
+
 def sample_crop(
     label: np.ndarray,
     crop_size: tuple[int, int],
     rng: random.Random,
     scale_range: tuple[float, float] = (0.5, 2.0),
     cat_max_ratio: float = 0.75,
+    scale_step: float = 0.0,
 ) -> tuple[CropParams, Tensor]:
     """Sample scale, flip and position of a crop. Return its parameters and the cropped label (h, w).
 
     The position is sampled again, up to ten times, while one class covers ``cat_max_ratio`` or more of the crop's
-    labeled pixels. Where the resized image is smaller than the crop, the crop holds all of it.
+    labeled pixels; with a ``cat_max_ratio`` of 1 it is sampled once. Where the resized image is smaller than the crop,
+    the crop holds all of it.
 
     Args:
         label: uint8 (H, W).
         crop_size: (h, w).
+        scale_range, scale_step: see ``sample_scale``.
     """
-    scale = rng.uniform(*scale_range)
+    scale = sample_scale(rng, scale_range, scale_step)
     height, width = (min(round(side / scale), whole) for side, whole in zip(crop_size, label.shape))
     size = [min(side, max(round(whole * scale), 1)) for side, whole in zip(crop_size, label.shape)]
     flip = rng.random() < 0.5
-    for _ in range(11):
+    for _ in range(11 if cat_max_ratio < 1 else 1):
         top, left = rng.randint(0, label.shape[0] - height), rng.randint(0, label.shape[1] - width)
         params = CropParams(top, left, height, width, size, flip)
         cropped = crop_label(label, params, crop_size)

@@ -2,12 +2,13 @@
 
 from .hrnet import HRNet
 from .ocr import FCNHead, ObjectAttention, OCRHead, SpatialGather
-from .ocrnet import BACKBONES, HEADS, OCRNet, build_model
+from .ocrnet import BACKBONES, HEAD_INITS, HEADS, OCRNet, build_model, reset_parameters
 from .weights import load_weights
 
 __all__ = [
     "BACKBONES",
     "FCNHead",
+    "HEAD_INITS",
     "HEADS",
     "HRNet",
     "OCRHead",
@@ -16,4 +17,5 @@ __all__ = [
     "SpatialGather",
     "build_model",
     "load_weights",
+    "reset_parameters",
 ]

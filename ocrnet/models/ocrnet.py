@@ -38,6 +38,7 @@ BACKBONES = {
     "r101": partial(resnet, layers=(3, 4, 23, 3)),
 }
 HEADS = ("ocr", "fcn")
+HEAD_INITS = ("mmsegmentation", "authors")
 
 
 class OCRNet(nn.Module):
@@ -119,3 +120,10 @@ def build_model(
     model = OCRNet(backbone, build_head(head, backbone, num_classes, dropout), config)
     model.set_align_corners(align_corners)
     return model
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Initialize all layers as PyTorch does by default, which is how the authors start the heads."""
+    for layer in module.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()

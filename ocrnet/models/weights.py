@@ -47,8 +47,12 @@ BACKBONE = {r"": "backbone."}  # an ImageNet HRNet, or torchvision's ResNet
 AUTHORS_DROPOUT = 0.05
 
 CLASSIFIERS = ("head.region_head.2.", "head.classifier.1.")
-# ImageNet classifiers, and the class weights in the authors' loss
-IGNORED_PREFIXES = ("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.", "fc.", "loss.")
+# ImageNet classifiers, the class weights in the authors' loss, and counters of averaged models
+IGNORED_PREFIXES = (
+    "incre_modules.", "downsamp_modules.", "final_layer.", "classifier.", "fc.", "loss.", "n_averaged", "steps",
+)  # fmt: skip
+# Where files keep their tensors. mmengine's ema_state_dict is last: its state_dict has the averaged weights.
+ENTRIES = ("state_dict_ema", "model_ema", "model", "state_dict", "ema_state_dict")
 
 
 class Report(NamedTuple):
@@ -92,19 +96,29 @@ def read_file(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file.
+    """The named tensors of a file: averaged weights where it has them beside others.
+
+    Names lose the prefixes that DDP, torch.compile and wrappers add.
 
     Raises:
-        InputError: there are none; and as ``read_file``.
+        InputError: there are none, or one is nan or infinite; and as ``read_file``.
     """
     state = read_file(path)
-    for key in ("model", "state_dict"):
+    for key in ENTRIES:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise InputError(f"{path}: expected a dict of tensors, found none")
-    return {name.removeprefix("module.").removeprefix("model."): x for name, x in tensors.items()}
+    check_finite(tensors, path)
+    return {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): x for name, x in tensors.items()}
+
+
+def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise InputError if a tensor has a value that is nan or infinite. ``path`` is for the error."""
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise InputError(f"{path}: {name}: expected finite values, found nan or infinity: the training diverged")
 
 
 def rename_keys(names: Iterable[str]) -> tuple[str, dict[str, str]]:

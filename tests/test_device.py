@@ -56,6 +56,15 @@ def test_sdaa_scales_the_loss_with_its_own_scaler(sdaa):
         assert sdaa[-1] == ("GradScaler", False)
 
 
+def test_sdaa_compiles_with_its_own_backend_and_counts_on_the_cpu(sdaa, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, backend: compiled.append((model, backend)))
+    accelerator, model = Accelerator("sdaa"), torch.nn.ReLU()
+    accelerator.compile(model)
+    assert compiled == [(model, "teco_inductor")]
+    assert accelerator.metric_device.type == "cpu"
+
+
 def test_sdaa_is_preferred_where_it_is_available(sdaa):
     assert Accelerator().device.type == "sdaa"
 

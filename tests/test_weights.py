@@ -187,6 +187,59 @@ def test_authors_weights_bring_align_corners_and_dropout_and_fold_their_biases(t
     assert not same_logits(source, model)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.module."])
+def test_names_as_ddp_compile_and_wrappers_write_them_are_loaded(tmp_path, prefix):
+    source, model = random_model("hr18s"), build_model("hr18s")
+    torch.save({prefix + name: x for name, x in source.state_dict().items()}, tmp_path / "x.pth")
+    assert not load_weights(model, tmp_path / "x.pth").missing
+    assert same_logits(source, model)
+
+
+@pytest.mark.parametrize(
+    "averaged, last",
+    [
+        ("state_dict_ema", "state_dict"),
+        ("model_ema", "model"),
+        ("state_dict", "ema_state_dict"),
+    ],  # timm, DeiT, mmengine
+)
+def test_averaged_weights_are_preferred(tmp_path, averaged, last):
+    source, model = random_model("hr18s"), build_model("hr18s")
+    mean = {"module." + name: x for name, x in source.state_dict().items()}  # as AveragedModel names them
+    states = {last: build_model("hr18s").state_dict(), averaged: {**mean, "n_averaged": torch.tensor(3)}}
+    torch.save(states, tmp_path / "x.pth")
+    assert load_weights(model, tmp_path / "x.pth").ignored == ["n_averaged"]
+    assert same_logits(source, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_tensors_are_loaded_as_fp32(tmp_path, dtype):
+    source = random_model("hr18s")
+    source.to(dtype).float()
+    half, theirs = (
+        {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+        for state in (source.state_dict(), as_mmsegmentation(source))
+    )
+    model = build_model("hr18s")
+    torch.save(theirs, tmp_path / "theirs.pth")
+    load_weights(model, tmp_path / "theirs.pth")
+    save_checkpoint(tmp_path / "ours.pt", {"model": half, "config": source.config})
+    ours = load_model(tmp_path / "ours.pt")[0]
+    assert all(x.dtype == torch.float32 for net in (model, ours) for x in net.parameters())
+    assert same_logits(source, model, ours)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_in_weights_are_refused_by_name(tmp_path, only_hr18s, value):
+    source = build_model("hr18s")
+    name = "head.g.1.running_var"
+    source.state_dict()[name][3] = value
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    save_checkpoint(tmp_path / "x.pt", {"model": source.state_dict(), "config": source.config})
+    for message in (refused(load_weights, source, tmp_path / "x.pth"), refused(load_model, tmp_path / "x.pt")):
+        assert str(tmp_path / "x.p") in message and name in message
+
+
 def test_dropout_set_by_the_user_stays(tmp_path):
     torch.save(as_authors(build_model("hr18s")), tmp_path / "x.pth")
     for dropout, expected in ((None, 0.05), (0.3, 0.3), (0.0, 0.0)):

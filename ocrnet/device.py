@@ -4,6 +4,8 @@ SDAA is Tecorigin's accelerator. ``import torch_sdaa`` adds the device "sdaa" an
 group backend is "tccl".
 """
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import time
@@ -48,6 +50,21 @@ def is_available(name: str) -> bool:
     if plugin and importlib.util.find_spec(plugin):
         importlib.import_module(plugin)
     return hasattr(torch, name) and getattr(torch, name).is_available()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks for the next tensors, where it would return each to the system.
+
+    The system clears every page it hands out, which takes about a quarter of a training step on a CPU. Peak memory
+    grows by some 10 %. glibc's own MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ in the environment are left as
+    they are. Without glibc this does nothing.
+    """
+    if os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}:
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt, no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at its top that is kept
 
 
 def isolated_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
@@ -109,6 +126,7 @@ class Accelerator:
         self.module = getattr(torch, name)  # torch.cuda, torch.sdaa, torch.cpu
         if name == "cpu":
             self.device = torch.device("cpu")
+            keep_freed_memory()
         else:
             count = self.module.device_count()
             if local_rank >= count:

@@ -23,7 +23,7 @@ from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError
 from ocrnet.evaluation import evaluate_split, export_split, print_scores
 from ocrnet.files import atomic_write
-from ocrnet.inference import color_images, predict
+from ocrnet.inference import color_images, segment
 from ocrnet.script import make_parser, run_script
 
 
@@ -86,19 +86,19 @@ def main() -> None:
         )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     options = dict(scales=args.scales, flip=args.flip, slide=args.slide, stride=args.stride)
-    predict_image = partial(predict, accelerator=accelerator, **options)
+    segment_image = partial(segment, accelerator=accelerator, **options)
 
     if args.save:
-        color_images(model, args.images, args.save, table, accelerator, predict_image)
+        color_images(model, args.images, args.save, table, accelerator, segment_image)
     if args.explain:
         from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
 
         explain_images(model, args.images, args.explain, table, accelerator, args.pixel or ())
     elif args.export:
-        export_split(model, args.data_path, args.split, args.export, table, accelerator, predict_image)
+        export_split(model, args.data_path, args.split, args.export, table, accelerator, segment_image)
     elif not args.save:
         scores = evaluate_split(
-            model, table, args.data_path, args.split, accelerator, predict_image, args.workers, args.baseline
+            model, table, args.data_path, args.split, accelerator, segment_image, args.workers, args.baseline
         )
         if accelerator.is_main:
             print(f"{args.ckpt} on {args.data_path}, {args.split}: {scores['images']} images\n")

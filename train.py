@@ -32,7 +32,7 @@ from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError
 from ocrnet.evaluation import baseline_of, evaluate, without_nan
-from ocrnet.inference import predict
+from ocrnet.inference import segment
 from ocrnet.losses import OHEM, ocr_loss
 from ocrnet.models import BACKBONES, HEAD_INITS, HEADS, build_model, load_weights, reset_parameters
 from ocrnet.progress import Progress
@@ -201,8 +201,8 @@ def train_step(
 
 def validate(args: Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder) -> None:
     """Evaluate on val, log the scores, and write best.pt (if mIoU is the highest so far) and last.pt."""
-    predict_image = partial(predict, accelerator=accelerator)
-    confusion = evaluate(state.model, data.val, len(data.table), accelerator, predict_image, args.workers)
+    segment_image = partial(segment, accelerator=accelerator)
+    confusion = evaluate(state.model, data.val, len(data.table), accelerator, segment_image, args.workers)
     miou, state.confusion, state.validated = confusion.mean_iou(), confusion, state.iteration
     if miou > state.best_miou:
         state.best_miou = miou

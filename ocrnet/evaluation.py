@@ -17,7 +17,7 @@ from .data.datasets import EvalDataset
 from .data.images import read_label, to_tensor
 from .device import Accelerator
 from .errors import InputError
-from .inference import Predict, forward_image, predict_file, rank_shard, save_png
+from .inference import Segment, forward_image, rank_shard, save_png, segment_file
 from .instance_iou import InstanceDataset, InstanceIoU, has_instances
 from .metrics import ConfusionMatrix, row_baseline
 from .signals import ignore_signals_in_worker
@@ -28,7 +28,7 @@ def evaluate(
     dataset: EvalDataset,
     num_classes: int,
     accelerator: Accelerator,
-    predict: Predict,
+    segment: Segment,
     workers: int = 0,
     instance_iou: InstanceIoU | None = None,
 ) -> ConfusionMatrix:
@@ -38,7 +38,7 @@ def evaluate(
     may have different numbers of images.
 
     Args:
-        predict: ``inference.predict`` with its arguments after (model, image) bound.
+        segment: ``inference.segment`` with its arguments after (model, image) bound.
         instance_iou: updated too; requires an ``InstanceDataset``.
     """
     training = model.training
@@ -50,7 +50,7 @@ def evaluate(
     )
     quiet = None if accelerator.is_main else True  # None: a bar on terminals
     for image, label, *instances in tqdm(loader, desc="evaluating", leave=False, disable=quiet):
-        prediction = predict(model, image).argmax(dim=1).to(accelerator.metric_device)  # (1, H, W)
+        prediction = segment(model, image).to(accelerator.metric_device)  # (1, H, W)
         confusion.update(label.to(accelerator.metric_device), prediction)  # label (1, H, W)
         if instance_iou:
             instance_iou.update(instances[0].to(accelerator.metric_device), prediction)
@@ -73,7 +73,7 @@ def evaluate_split(
     root: Path,
     split: str,
     accelerator: Accelerator,
-    predict: Predict,
+    segment: Segment,
     workers: int = 0,
     baseline: bool = False,
 ) -> dict:
@@ -94,7 +94,7 @@ def evaluate_split(
     accelerator.barrier()
     instance_iou = InstanceIoU(accelerator.metric_device) if has_instances(samples, table) else None
     dataset = InstanceDataset(samples) if instance_iou else EvalDataset(samples)
-    confusion = evaluate(model, dataset, len(table), accelerator, predict, workers, instance_iou)
+    confusion = evaluate(model, dataset, len(table), accelerator, segment, workers, instance_iou)
     scores = {"images": len(samples), **summarize(confusion, table, instance_iou)}
     if baseline and accelerator.is_main:
         scores["row_baseline"] = summarize(baseline_of(train, samples, len(table)), table)
@@ -108,14 +108,14 @@ def export_split(
     folder: Path,
     table: ClassTable,
     accelerator: Accelerator,
-    predict: Predict,
+    segment: Segment,
 ) -> None:
     """Write the label ids of each image under its name to ``folder``, as the test server takes them."""
     images = find_images(root, split)
     label_ids = np.array(table.ids, np.uint8)  # (K,) train id -> label id
     folder.mkdir(parents=True, exist_ok=True)
     for path in rank_shard(images, accelerator, "exporting"):
-        save_png(label_ids[predict_file(model, path, predict)[1]], folder / path.name)
+        save_png(label_ids[segment_file(model, path, segment)[1]], folder / path.name)
     accelerator.print0(f"{len(images)} images of label ids in {folder}")
 
 

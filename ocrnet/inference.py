@@ -1,4 +1,4 @@
-"""Inference: class probabilities of images, and image files colored by class.
+"""Inference: classes and class probabilities of images, and image files colored by class.
 
 Notation: B batch, K classes, H W an image's size. Raw images are uint8 RGB, 0 .. 255.
 """
@@ -20,7 +20,7 @@ from .device import Accelerator
 from .errors import InputError
 from .files import atomic_write
 
-Predict = Callable[[nn.Module, Tensor], Tensor]  # ``predict`` with its other arguments bound
+Segment = Callable[[nn.Module, Tensor], Tensor]  # ``segment`` with its other arguments bound
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -69,7 +69,26 @@ def predict(
             if logits.shape[-2:] != size:
                 logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=model.align_corners)
             total = total + logits.softmax(dim=1)
-    return total / (len(scales) * (2 if flip else 1))
+    return total.div_(len(scales) * (2 if flip else 1))
+
+
+@torch.inference_mode()
+def segment(
+    model: nn.Module,
+    image: Tensor,
+    accelerator: Accelerator,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    slide: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+) -> Tensor:
+    """Raw images (B, 3, H, W) of any size -> the most probable class of each pixel (B, H, W), int64, on the device.
+
+    For the arguments see ``predict``. One forward pass needs no softmax, which takes time and memory.
+    """
+    if list(scales) == [1] and not flip and not slide:
+        return forward_image(model, image, accelerator)[0].argmax(dim=1)
+    return predict(model, image, accelerator, scales, flip, slide, stride).argmax(dim=1)
 
 
 def slide_inference(
@@ -125,10 +144,10 @@ def rank_shard(items: Sequence, accelerator: Accelerator, description: str) -> I
     return tqdm(shard, desc=description, disable=None if accelerator.is_main else True)
 
 
-def predict_file(model: nn.Module, path: Path, predict: Predict) -> tuple[np.ndarray, np.ndarray]:
+def segment_file(model: nn.Module, path: Path, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
     """An image file -> the image (H, W, 3) and its train ids (H, W), both uint8."""
     image = read_image(path)
-    return np.asarray(image), predict(model, to_tensor(image)[None]).argmax(1)[0].byte().cpu().numpy()
+    return np.asarray(image), segment(model, to_tensor(image)[None])[0].byte().cpu().numpy()
 
 
 def overlay(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
@@ -142,7 +161,7 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 
 def color_images(
-    model: nn.Module, paths: Sequence[Path], folder: Path, table: ClassTable, accelerator: Accelerator, predict: Predict
+    model: nn.Module, paths: Sequence[Path], folder: Path, table: ClassTable, accelerator: Accelerator, segment: Segment
 ) -> None:
     """Write NAME.png (class colors) and NAME_overlay.png (mean of image and class colors) to ``folder``.
 
@@ -156,7 +175,7 @@ def color_images(
             raise InputError(f"--save {folder}: would overwrite {target}: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in rank_shard(images, accelerator, "coloring"):
-        image, classes = predict_file(model, path, predict)
+        image, classes = segment_file(model, path, segment)
         colors = table.palette[classes]  # (H, W, 3)
         save_png(colors, folder / f"{path.stem}.png")
         save_png(overlay(image, colors), folder / f"{path.stem}_overlay.png")

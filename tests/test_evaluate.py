@@ -65,7 +65,7 @@ def test_absent_classes_are_named_and_left_out_of_a_second_mean(main, trained, d
 
 
 def test_the_split_is_that_of_the_flag(main, trained, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "predict", lambda model, image, **_: torch.zeros(1, 19, *image.shape[-2:]))
+    monkeypatch.setattr(evaluate, "segment", lambda model, image, **_: torch.zeros(1, *image.shape[-2:]).long())
     flags = ["--data-path", data, "--device", "cpu", "--workers", 0, "--json", tmp_path / "scores.json"]
     main("evaluate.py", "--ckpt", trained / "last.pt", *flags, "--split", "train")
     assert json.loads((tmp_path / "scores.json").read_text())["images"] == 6
@@ -117,9 +117,9 @@ def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path
 
     def remember(model, image, accelerator, **options):
         calls.append((accelerator.amp, accelerator.amp_dtype, options))
-        return torch.zeros(1, 19, *image.shape[-2:])
+        return torch.zeros(1, *image.shape[-2:]).long()
 
-    monkeypatch.setattr(evaluate, "predict", remember)
+    monkeypatch.setattr(evaluate, "segment", remember)
     images = sorted(data.glob("leftImg8bit/val/*/*.png"))
     where = {
         "scores": ["--data-path", data],

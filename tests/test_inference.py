@@ -13,7 +13,16 @@ from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
 from ocrnet.errors import InputError
 from ocrnet.evaluation import evaluate, export_split, sample_predictions
-from ocrnet.inference import color_images, forward_image, list_images, overlay, predict, rank_shard, slide_inference
+from ocrnet.inference import (
+    color_images,
+    forward_image,
+    list_images,
+    overlay,
+    predict,
+    rank_shard,
+    segment,
+    slide_inference,
+)
 
 
 class Pointwise(nn.Module):
@@ -62,6 +71,16 @@ def test_probabilities_of_a_pixel_sum_to_one(cpu, image):
 def test_prediction_is_the_softmax_of_the_final_logits(cpu, image):
     model = Pointwise()
     torch.testing.assert_close(predict(model, image, cpu), forward_image(model, image, cpu)[0].softmax(1))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scales": [0.5]}, {"scales": [1.0, 0.5]}, {"flip": True}, {"slide": (8, 9)}], ids=str
+)
+def test_segmentation_is_the_most_probable_class(cpu, image, options):
+    model = Pointwise()
+    classes = segment(model, image, cpu, **options)
+    assert classes.shape == (2, 20, 33) and len(classes.unique()) > 1
+    assert torch.equal(classes, predict(model, image, cpu, **options).argmax(1))
 
 
 def test_mixed_precision_is_that_of_the_accelerator(image):
@@ -158,14 +177,14 @@ def test_overlay_is_the_mean_of_image_and_colors():
     assert overlay(image, colors).tolist() == [[[164, 132, 164], [100, 100, 171]]]
 
 
-def predict_red(model, image):
+def segment_by_red(model, image):
     """Class red % 19 for every pixel."""
-    return nn.functional.one_hot(image[:, 0].long() % 19, 19).movedim(3, 1)
+    return image[:, 0].long() % 19
 
 
 def test_images_are_colored_by_class(cpu, tmp_path):
     (path,) = save_images(tmp_path / "photos", "a.png")
-    color_images(nn.Identity(), [path], tmp_path / "out", CITYSCAPES, cpu, predict_red)
+    color_images(nn.Identity(), [path], tmp_path / "out", CITYSCAPES, cpu, segment_by_red)
     image = np.asarray(Image.open(path))
     colors = np.asarray(Image.open(tmp_path / "out/a.png"))
     assert np.array_equal(colors, CITYSCAPES.palette[image[..., 0] % 19])
@@ -178,7 +197,7 @@ def test_images_are_not_overwritten(cpu, tmp_path, names, folder):
     paths = save_images(tmp_path, *names)
     before = [path.read_bytes() for path in paths]
     with pytest.raises(InputError) as error:
-        color_images(nn.Identity(), paths, tmp_path / folder, CITYSCAPES, cpu, predict_red)
+        color_images(nn.Identity(), paths, tmp_path / folder, CITYSCAPES, cpu, segment_by_red)
     assert f"--save {tmp_path / folder}" in str(error.value)
     assert [path.read_bytes() for path in paths] == before and not (tmp_path / "out").exists()
 
@@ -189,14 +208,14 @@ def test_images_are_not_overwritten(cpu, tmp_path, names, folder):
 def test_evaluation_keeps_the_mode_and_counts_every_pixel_once(cpu, data):
     modes = []
 
-    def predict_road(model, image):
+    def segment_as_road(model, image):
         modes.append(model.training)
-        return nn.functional.one_hot(torch.zeros_like(image[:, 0]).long(), 19).movedim(3, 1)
+        return torch.zeros_like(image[:, 0]).long()
 
     dataset, model = EvalDataset(find_samples(data, "val")), nn.Identity()
     for training in (True, False):
         model.train(training)
-        confusion = evaluate(model, dataset, 19, cpu, predict_road)
+        confusion = evaluate(model, dataset, 19, cpu, segment_as_road)
         assert model.training is training
         assert confusion.counts.sum() == sum((label != 255).sum() for _, label in dataset)
         assert confusion.counts[:, 1:].sum() == 0
@@ -215,7 +234,7 @@ def test_samples_show_both_predictions(cpu, data):
 
 
 def test_export_writes_label_ids(cpu, data, tmp_path):
-    export_split(nn.Identity(), data, "val", tmp_path, CITYSCAPES, cpu, predict_red)
+    export_split(nn.Identity(), data, "val", tmp_path, CITYSCAPES, cpu, segment_by_red)
     images = [sample.image for sample in find_samples(data, "val")]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in images}
     train_ids = np.asarray(Image.open(images[0]))[..., 0] % 19

@@ -81,7 +81,7 @@ def parse_args() -> Namespace:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, crops and dropout")
     group = parser.add_argument_group("device")
     group.add_argument("--device", choices=DEVICES, help="default: the first that is available")
-    group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; default: not on CPUs")
+    group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; default: not on CPUs without bf16")
     group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16, on CPUs bf16")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--workers", type=int, default=4, metavar="N", help="data loader workers per process")
@@ -135,12 +135,11 @@ def build_state(args: Namespace, num_classes: int, checkpoint: dict | None, acce
         model = restore_model(checkpoint, args.output_dir / "last.pt")
     else:
         model = build_model(args.model, num_classes, args.align_corners, args.dropout, head=args.head)
-        model = model.to(memory_format=torch.channels_last)
         if args.head_init == "authors":
             reset_parameters(model.head)
         if args.weights:
             accelerator.print0(f"{args.weights}: {load_weights(model, args.weights)}")
-    model = accelerator.convert_sync_bn(model).to(accelerator.device)
+    model = accelerator.convert_sync_bn(model).to(accelerator.device, memory_format=accelerator.memory_format)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     state = RunState(model, optimizer, accelerator.grad_scaler())
     if checkpoint:
@@ -165,10 +164,10 @@ def describe(args: Namespace, state: RunState, data: Data, batch: int, accelerat
         print0("WARNING: training from RANDOM weights; published scores start from an ImageNet HRNet: --weights FILE")
 
 
-def to_device(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """A batch of ``TrainDataset`` -> normalized images (B, 3, H, W) and labels int64 (B, H, W) on the device."""
-    image, label, photometric = (x.to(device, non_blocking=True) for x in batch)
-    return preprocess(image, photometric).contiguous(memory_format=torch.channels_last), label.long()
+    image, label, photometric = (x.to(accelerator.device, non_blocking=True) for x in batch)
+    return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 
 
 def train_step(
@@ -185,7 +184,7 @@ def train_step(
         since = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - since
-        image, label = to_device(batch, accelerator.device)  # (B, 3, H, W), (B, H, W)
+        image, label = to_device(batch, accelerator)  # (B, 3, H, W), (B, H, W)
         model.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP: average gradients once per step
         with accelerator.autocast():
             outputs = model(image)  # logits, region_logits, (B, K, H, W) each

@@ -32,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ocrnet import visualize
 from ocrnet.data.cityscapes import write_missing_train_ids
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.device import DEVICES
 from ocrnet.models import BACKBONES, HRNet
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONES["tiny"] = partial(HRNet, width=2, num_modules=(1, 1, 1), num_blocks=1)  # for --model, also in ``script``
+DEVICES["cpu"] = DEVICES["cpu"]._replace(amp=False)  # the same precision on every CPU
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,9 @@
 """The device of a process; SDAA with a small fake of its package."""
 
 import importlib.util
+import os
+import platform
+import subprocess
 import sys
 import time
 import types
@@ -10,6 +13,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 
 from ocrnet import device
 from ocrnet.device import DEVICES, Accelerator, isolated_store
@@ -91,7 +95,39 @@ def dtype_under(accelerator):
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
 
-def test_cpu_runs_in_fp32_by_default():
+@pytest.mark.parametrize("has, expected", [(["amx_bf16"], True), (["avx512_bf16"], True), (["avx512_f"], False)])
+def test_bf16_is_the_default_on_cpus_that_have_it(monkeypatch, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True), raising=False)
+    assert device.cpu_has_bf16() is expected
+
+
+def test_bf16_is_not_the_default_where_torch_does_not_say_what_the_cpu_has(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert device.cpu_has_bf16() is False
+
+
+@pytest.mark.parametrize("capability, channels_last", [("AVX2", False), ("AVX512", True)])
+def test_memory_format_is_the_faster_one_of_the_cpu(monkeypatch, capability, channels_last):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert (Accelerator("cpu").memory_format == torch.channels_last) == channels_last
+
+
+def test_freed_memory_is_kept_by_glibc_unless_the_user_has_set_its_variables(monkeypatch):
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("glibc only")
+    code = (
+        "import resource, torch; from ocrnet.device import Accelerator; Accelerator('cpu'); torch.ones(10**7)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; torch.ones(10**7)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"  # pages that the system cleared
+    )
+    pages = {}
+    for name in ("", "MALLOC_TRIM_THRESHOLD_"):
+        command = dict(env={**os.environ, "PYTHONPATH": str(ROOT), name or "NOTHING": "131072"}, check=True)
+        pages[name] = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, **command).stdout)
+    assert pages[""] < 1000 < pages["MALLOC_TRIM_THRESHOLD_"]  # 4e7 bytes are 9,766 pages
+
+
+def test_cpu_of_the_tests_runs_in_fp32():
     accelerator = Accelerator("cpu")
     assert DEVICES["cpu"].backend == "gloo" and not accelerator.amp
     assert dtype_under(accelerator) == torch.float32 and not accelerator.grad_scaler().is_enabled()

@@ -99,7 +99,8 @@ class Ours:
         amp = case["dtype"] != "fp32"
         self.accelerator = Accelerator(case["device"], amp, case["dtype"] if amp else None)
         self.device = self.accelerator.device
-        self.layout = torch.channels_last if case["layout"] == "channels_last" else torch.contiguous_format
+        layouts = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+        self.layout = layouts.get(case["layout"], self.accelerator.memory_format)
 
     def build(self) -> None:
         torch.manual_seed(0)
@@ -133,7 +134,7 @@ class Ours:
         return clock.seconds()
 
     def evaluate(self) -> list[float]:
-        self.model.eval()
+        self.model.eval().to(memory_format=torch.channels_last)  # as evaluate.py does
         clock = Clock(self.device)
         confusion = ConfusionMatrix(19, self.device)
         prediction = segment(self.model, self.image[:1].cpu(), self.accelerator)
@@ -335,7 +336,7 @@ def bench_step(args: argparse.Namespace, who: list[str]) -> None:
             case = case_of(args, dtype, batch)
             work = gflop(case)
             results = take_turns(case, who, "build", "step", args.repeat)
-            head = f"{args.model} {batch} x {args.crop_size[0]}x{args.crop_size[1]} {dtype} {args.layout}"
+            head = f"{args.model} {batch} x {args.crop_size[0]}x{args.crop_size[1]} {dtype}"
             for name, (parts, memory) in results.items():
                 total = sum(parts)
                 print(
@@ -456,7 +457,7 @@ def main() -> None:
     parser.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), **show)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], **show)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], **show)
-    parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last", **show)
+    parser.add_argument("--layout", choices=["channels_last", "contiguous"], help="default: as in train.py")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", **show)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), **show)

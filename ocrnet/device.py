@@ -183,8 +183,7 @@ class Accelerator:
         if not dist.is_initialized():
             return model
         device_ids = None if self.device.type == "cpu" else [self.device.index]
-        # synchronized BatchNorm gives all processes the same buffers
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 
     def convert_sync_bn(self, model: nn.Module) -> nn.Module:
         """The model with synchronized BatchNorm, under torchrun: PyTorch's where the device supports it."""

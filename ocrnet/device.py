@@ -61,7 +61,7 @@ def is_available(name: str) -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks for the next tensors, where it would return each to the system.
 
-    The system clears every page it hands out, which takes about a quarter of a training step on a CPU. Peak memory
+    The system clears every page it hands out, which takes a quarter of a training step on a CPU or more. Peak memory
     grows by up to a fifth. glibc's own MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ in the environment are left as
     they are. Without glibc this does nothing.
     """

@@ -74,7 +74,6 @@ def restore_model(state: dict, path: Path) -> OCRNet:
     Raises:
         InputError: 'model' and 'config' do not fit, or a tensor is nan or infinite.
     """
-    check_finite(state["model"], path)
     try:
         model = build_model(**state["config"])
         model.load_state_dict(state["model"], assign=True)  # with their memory format, which affects the last bit
@@ -82,6 +81,7 @@ def restore_model(state: dict, path: Path) -> OCRNet:
     except (InputError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: its tensors do not fit its 'config' ({reason})") from None
+    check_finite(model.state_dict(), path)
     return model
 
 

@@ -107,7 +107,8 @@ def ocr_loss(
         label: (B, H, W) int64.
         class_weights: (K,).
         ohem: of ``OHEM``, for the final loss. None for ``cross_entropy``.
-        avg_non_ignore: see ``cross_entropy``.
+        avg_non_ignore: see ``cross_entropy``. The authors' OHEM goes without it: their auxiliary loss is then the mean
+            over all pixels.
 
     Returns:
         The loss, and its detached parts (final, auxiliary). The latter is 0 with FCNHead.

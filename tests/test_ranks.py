@@ -16,6 +16,7 @@ from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.datasets import InfiniteSampler, TrainDataset
 from ocrnet.data.transforms import preprocess
 from ocrnet.losses import ocr_loss
+from ocrnet.metrics import sum_over_processes
 from ocrnet.models import HRNet, OCRHead, OCRNet, build_model
 from ocrnet.sync_bn import SyncBatchNorm2d, convert_sync_bn
 
@@ -102,6 +103,23 @@ def test_conversion_keeps_weights_names_and_results():
     assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
     assert torch.equal(model(x), expected)
     assert torch.equal(model.train()(x), nn.BatchNorm2d(4)(model[0](x)))  # without a process group: BatchNorm
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def sums(rank):
+    """The sums over ranks of int64 that float64 cannot hold, and of float64 that float32 cannot hold."""
+    return [
+        sum_over_processes(x)
+        for x in (torch.tensor([[2**53 + rank]]), torch.tensor([1 + 2.0**-40, torch.nan], dtype=torch.float64))
+    ]
+
+
+def test_sums_over_processes_are_exact(tmp_path):
+    for integers, floats in in_processes(sums, tmp_path, 2):
+        assert integers.tolist() == [[2**54 + 1]]
+        assert floats[0] == 2 + 2.0**-39 and floats[1].isnan()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -197,11 +197,8 @@ def test_names_as_ddp_compile_and_wrappers_write_them_are_loaded(tmp_path, prefi
 
 @pytest.mark.parametrize(
     "averaged, last",
-    [
-        ("state_dict_ema", "state_dict"),
-        ("model_ema", "model"),
-        ("state_dict", "ema_state_dict"),
-    ],  # timm, DeiT, mmengine
+    [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("state_dict", "ema_state_dict")],
+    ids=["timm", "DeiT", "mmengine"],
 )
 def test_averaged_weights_are_preferred(tmp_path, averaged, last):
     source, model = random_model("hr18s"), build_model("hr18s")

@@ -118,7 +118,7 @@ def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
     """Raise InputError if a tensor has a value that is nan or infinite. ``path`` is for the error."""
     for name, x in tensors.items():
         if not x.isfinite().all():
-            raise InputError(f"{path}: {name}: expected finite values, found nan or infinity: the training diverged")
+            raise InputError(f"{path}: {name}: expected finite values, found nan or infinity")
 
 
 def rename_keys(names: Iterable[str]) -> tuple[str, dict[str, str]]:

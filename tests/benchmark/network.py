@@ -3,7 +3,7 @@
     python tests/benchmark/network.py --plot network.png
 
 Each process runs on its own host: a network namespace, joined to the others by this process, which delays every packet.
-The model is hr18s with one crop of 32x64, whose computation is small, so the step is communication: 153 layers of
+The model is hr18s with two crops of 32x64, whose computation is small, so the step is communication: 153 layers of
 synchronized BatchNorm with a message each way, and two buckets of gradients.
 
 Model, for R processes and a one-way delay of d seconds: step = base(R) + hops(R) * d. hops(R) is fitted for each R that

@@ -124,6 +124,7 @@ class ToyBackbone(nn.Module):
     out_channels = (8, 8)
     reduction, kernel_size = 1, 1
     dropout = 0.0
+    head_channels = (16, 8)
 
     def __init__(self):
         super().__init__()

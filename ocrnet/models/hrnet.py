@@ -169,15 +169,23 @@ class HRNet(nn.Module):
         width: C, the channels of branch 0 (18, 32, 40 or 48 in the paper).
         num_modules: HRModules in stages 2, 3 and 4.
         num_blocks: residual blocks in stage 1, and in each branch of an HRModule.
+        head_channels: C and D of OCRHead.
     """
 
     align_corners = False  # how maps are resized, see OCRNet.set_align_corners
     reduction, kernel_size = 1, 1  # of the hidden layer of the heads, see OCRHead
     dropout = 0.0  # before the classifiers
 
-    def __init__(self, width: int, num_modules: Sequence[int] = (1, 4, 3), num_blocks: int = 4):
+    def __init__(
+        self,
+        width: int,
+        num_modules: Sequence[int] = (1, 4, 3),
+        num_blocks: int = 4,
+        head_channels: tuple[int, int] = (512, 256),
+    ):
         super().__init__()
         channels = [width, 2 * width, 4 * width, 8 * width]
+        self.head_channels = head_channels
         self.out_channels = (sum(channels), sum(channels))  # 15C of the region features, 15C of the pixel features
 
         def stage(branches: int, modules: int) -> nn.Sequential:

@@ -7,6 +7,7 @@ A new backbone is a module that initializes itself, maps an image to (region_fea
     out_channels              (channels of region_features, channels of features)
     reduction, kernel_size    of the hidden layer of the heads, see OCRHead
     dropout                   default probability before the classifiers
+    head_channels             (channels, key_channels) of OCRHead
 
 It becomes available to ``--model`` as a line of ``BACKBONES``.
 
@@ -30,6 +31,7 @@ def resnet(layers: tuple[int, ...]) -> nn.Module:
 
 
 BACKBONES = {
+    "hr18t": partial(HRNet, width=18, num_modules=(1, 1, 1), num_blocks=2, head_channels=(128, 64)),  # of the demo
     "hr18s": partial(HRNet, width=18, num_modules=(1, 3, 2), num_blocks=2),  # the authors' W18-Small-v2
     "hr18": partial(HRNet, width=18),
     "hr32": partial(HRNet, width=32),
@@ -83,7 +85,9 @@ def build_head(head: str, backbone: nn.Module, num_classes: int, dropout: float 
     if head == "fcn":
         return FCNHead(channels, num_classes, **hidden, dropout=dropout)
     region_dropout = dropout if backbone.dropout else 0.0  # mmsegmentation has it with ResNet only
-    return OCRHead(region_channels, channels, num_classes, **hidden, region_dropout=region_dropout, dropout=dropout)
+    width = dict(zip(("channels", "key_channels"), backbone.head_channels))
+    dropouts = dict(region_dropout=region_dropout, dropout=dropout)
+    return OCRHead(region_channels, channels, num_classes, **hidden, **width, **dropouts)
 
 
 def build_model(

@@ -179,8 +179,8 @@ def load_weights(model: OCRNet, path: Path) -> Report:
     """Load the tensors of a file into the model.
 
     Accepts checkpoints of this project, mmsegmentation's OCRNet, the authors' HRNet-OCR, an ImageNet HRNet and
-    torchvision's ResNet. See ``apply_source_settings`` for what else is set. Classifiers with another number of classes
-    are left out.
+    torchvision's ResNet. See ``apply_source_settings`` for what else is set. Another head is left out, and so are
+    classifiers with another number of classes.
 
     Raises:
         InputError: the file cannot be read, belongs to another model (a shape differs, or a tensor has no place in
@@ -193,14 +193,15 @@ def load_tensors(model: OCRNet, theirs: dict[str, Tensor], path: Path) -> Report
     """``load_weights`` after reading the file. ``path`` is for errors."""
     source, names = rename_keys(theirs)
     tensors = {names[name]: x for name, x in theirs.items()}
-    head, remedy = head_of(tensors), "set --model to that of the weights"
-    if head not in (None, model.config["head"]):
-        raise InputError(f"{path}: expected weights with head {model.config['head']}, found {head}: set --head {head}")
+    other_head, remedy = head_of(tensors) != model.config["head"], "set --model to that of the weights"
     apply_source_settings(model, tensors, source)
     own = model.state_dict()
     tensors = fold_biases(tensors, own)
-    others = [name for name in tensors if name.startswith(CLASSIFIERS) and len(tensors[name]) != len(own[name])]
-    for name in others:  # classifiers of other classes
+    if other_head:
+        others = [name for name in tensors if name.startswith("head.")]
+    else:  # classifiers of other classes
+        others = [name for name in tensors if name.startswith(CLASSIFIERS) and len(tensors[name]) != len(own[name])]
+    for name in others:
         del tensors[name]
     loaded = [name for name in tensors if name in own]
     backbone = [name for name in own if name.startswith("backbone.")]

@@ -98,6 +98,27 @@ def test_the_upper_bound_trains_and_is_evaluated(tmp_path, data):
     assert json.loads(scores.read_text())["mIoU"] == entries(folder / "log.jsonl")[-1]["mIoU"]
 
 
+def test_with_the_true_relation_a_pixel_takes_all_from_its_own_class(tmp_path, data):
+    from ocrnet.checkpoint import save_checkpoint
+    from ocrnet.models import build_model
+
+    model = build_model("tiny")
+    save_checkpoint(tmp_path / "x.pt", {"model": model.state_dict(), "config": model.config})
+    share = f"""
+from functools import partial
+from pathlib import Path
+from ocrnet.models import BACKBONES
+from ocrnet.models.hrnet import HRNet
+BACKBONES["tiny"] = partial(HRNet, width=2, num_modules=(1, 1, 1), num_blocks=1)
+from when_ocr_pays import own_class_share
+print(own_class_share(Path({str(tmp_path / "x.pt")!r}), Path({str(data)!r})))
+"""
+    assert check("upper_bound", share) > 0.999
+    assert check("detach", share) < 0.2  # the relation of random weights
+
+
 def test_every_solution_is_measured():
-    solutions = {path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".json")} - {"ablation", "solution"}
+    solutions = {path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".json")} - {
+        "ablation", "solution", "when_ocr_pays",
+    }  # fmt: skip
     assert set(EXERCISES) == {"ocr", "fcn", *solutions}  # these two are flags alone

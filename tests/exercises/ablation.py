@@ -37,12 +37,15 @@ def commands(exercise: str) -> tuple[list[str], list[str]]:
     return [sys.executable, str(ROOT / "train.py")], [sys.executable, str(ROOT / "evaluate.py")]
 
 
-def measure(exercise: str, seed: int, output_dir: Path, flags: list[str]) -> dict:
-    """Train and evaluate unless that is done. Return the scores of ``evaluate.py --json``, and trained parameters."""
+def measure(exercise: str, seed: int, output_dir: Path, flags: list[str], data_root: Path) -> dict:
+    """Train and evaluate unless that is done. Return the scores of ``evaluate.py --json``, and trained parameters.
+
+    The data sets are generated in ``data_root``.
+    """
     run, scores = output_dir / f"{exercise}-{seed}", output_dir / f"{exercise}-{seed}.json"
     if not scores.exists():
         train, evaluate = commands(exercise)
-        data = output_dir / "data" / ("classes" if exercise == "classes" else "synthetic")
+        data = data_root / ("classes" if exercise == "classes" else "synthetic")
         if exercise == "classes":
             data.mkdir(parents=True, exist_ok=True)
             shutil.copy2(FOLDER / "classes.json", data)  # with its time, which train ids are compared with
@@ -63,8 +66,9 @@ def main() -> None:
     parser.add_argument("--max-iters", type=int, metavar="N", help="of each run; default: the demo's")
     args = parser.parse_args()
     flags = ["--max-iters", str(args.max_iters)] if args.max_iters else []
+    folder = args.output_dir.resolve()
     results = {
-        exercise: [measure(exercise, seed, args.output_dir.resolve(), flags) for seed in args.seeds]
+        exercise: [measure(exercise, seed, folder, flags, folder / "data") for seed in args.seeds]
         for exercise in args.only
     }
     print("| | trained parameters | mIoU of each seed | mean | mIoU of the 7 categories, mean |")

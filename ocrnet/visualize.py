@@ -145,7 +145,8 @@ def plot_curves(logs: Sequence[Log], path: Path, log_scale: bool = False) -> Non
             values = [entry["loss"] for entry in log.train]
             window = len(values) // 15 + 1
             loss.plot(iters, values, color=color, alpha=0.3, linewidth=1)
-            loss.plot(iters, smooth(values, window), color=color, label=f"{log.name}, mean of {window} entries")
+            label = f"{log.name}, mean of {window} entries" if window > 1 else log.name
+            loss.plot(iters, smooth(values, window), color=color, label=label)
             lr.plot(iters, [entry["lr"] for entry in log.train], color=color, label=log.name)
         if log.val:
             scores = [100 * entry["mIoU"] for entry in log.val]

@@ -64,8 +64,6 @@ def parse_args() -> argparse.Namespace:
         parser.error("--explain: shows one forward pass at scale 1: leave out --scales, --flip, --slide")
     if args.pixel and not args.explain:
         parser.error("--pixel: expected together with --explain")
-    if args.split == "test" and not (args.export or args.images):
-        parser.error("--split test: its labels are not public: write PNGs for the test server with --export DIR")
     if min(args.scales) <= 0 or min(args.slide or [1]) < 1 or min(args.stride or [1]) < 1:
         parser.error("--scales, --slide, --stride: expected numbers above 0")
     if args.stride and not (args.slide and args.stride[0] <= args.slide[0] and args.stride[1] <= args.slide[1]):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data.cityscapes import Sample, check_samples, find_images, find_samples
+from .data.cityscapes import Sample, check_samples, find_images, find_samples, has_labels
 from .data.classes import ClassTable, read_classes
 from .data.datasets import EvalDataset
 from .data.images import read_label, to_tensor
@@ -80,13 +80,18 @@ def evaluate_split(
     """All scores of a split as plain numbers, see ``summarize``; of the row baseline too if asked for.
 
     Raises:
-        InputError: the classes of the data set are not those of ``table``, or its files are invalid.
+        InputError: the classes of the data set are not those of ``table``, the split's labels are not public, or its
+            files are invalid.
     """
     own = read_classes(root)
     if own.names != table.names:
         raise InputError(
             f"--data-path {root}: expected the classes of the checkpoint, {', '.join(table.names)}, "
             f"found {', '.join(own.names)}"
+        )
+    if not has_labels(split, own):
+        raise InputError(
+            f"--split {split}: its labels are not public: write PNGs for the test server with --export DIR"
         )
     samples = find_samples(root, split)
     train = find_samples(root, "train") if baseline else []

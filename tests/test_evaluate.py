@@ -148,7 +148,6 @@ def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path
         ("--scales 0", "--scales"),
         ("--slide 0 32", "--slide"),
         ("--pixel 1 2", "--pixel"),
-        ("--split test", "--split test"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused_by_name(main, flags, named, capsys):
@@ -213,6 +212,19 @@ def test_a_data_set_brings_its_own_classes(main, categories, data, tmp_path, cap
 def test_the_classes_of_a_checkpoint_and_a_data_set_must_agree(main, categories, data):
     with pytest.raises(InputError, match=f"^--data-path {data}: .*{', '.join(NAMES)}.* sidewalk"):
         main("evaluate.py", "--ckpt", categories / "run/last.pt", "--data-path", data, "--device", "cpu")
+
+
+def test_only_cityscapes_hides_the_labels_of_test(main, categories, trained, data, tmp_path):
+    with pytest.raises(InputError, match="^--split test: .*--export"):
+        main("evaluate.py", "--ckpt", trained / "last.pt", "--data-path", data, "--split", "test", "--device", "cpu")
+    root = tmp_path / "categories"
+    shutil.copytree(categories, root)
+    for folder in ("leftImg8bit", "gtFine"):
+        shutil.copytree(root / folder / "val", root / folder / "test")
+    flags = ["--ckpt", categories / "run/last.pt", "--data-path", root, "--device", "cpu", "--workers", 0]
+    for split in ("val", "test"):
+        main("evaluate.py", *flags, "--split", split, "--json", tmp_path / f"{split}.json")
+    assert (tmp_path / "test.json").read_text() == (tmp_path / "val.json").read_text()
 
 
 def test_a_model_without_regions_is_not_explained(main, categories, images, tmp_path):

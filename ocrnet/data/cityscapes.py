@@ -152,6 +152,11 @@ def label_path(image: Path) -> Path:
     return root / "gtFine" / split / city / image.name.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
 
 
+def has_labels(split: str, table: ClassTable) -> bool:
+    """Whether the labels of a split are public. Those of Cityscapes' test split are dummies."""
+    return split != "test" or table.names != CITYSCAPES.names
+
+
 def find_samples(root: Path, split: str) -> list[Sample]:
     """All images of a split with their labels, sorted by name.
 

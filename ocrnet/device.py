@@ -25,7 +25,7 @@ from .sync_bn import convert_sync_bn
 
 class DeviceSpec(NamedTuple):
     backend: str  # of the process group
-    amp_dtype: torch.dtype  # of autocast
+    amp_dtype: torch.dtype  # of autocast, see also Accelerator.default_amp_dtype
     amp: bool  # default of --amp
     plugin: str | None  # package that adds the device
     sync_bn: bool  # whether torch.nn.SyncBatchNorm supports it
@@ -125,7 +125,6 @@ class Accelerator:
         name = available[0]
         self.spec = DEVICES[name]
         self.amp = self.spec.amp if amp is None else amp
-        self.amp_dtype = AMP_DTYPES[amp_dtype] if amp_dtype else self.spec.amp_dtype
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.parent = os.getppid()
@@ -144,11 +143,17 @@ class Accelerator:
                 raise InputError(f"--device {name}: expected at most {count} processes on this host, one per device")
             self.device = torch.device(name, local_rank)
             self.module.set_device(local_rank)  # before the process group, as tccl requires
+        self.amp_dtype = AMP_DTYPES[amp_dtype] if amp_dtype else self.default_amp_dtype()
         if "RANK" in os.environ:  # started by torchrun, also with one process
             limit = timedelta(seconds=timeout)
             store, rank, size = next(rendezvous("env://", timeout=limit))
             store = isolated_store(store, rank, size)
             dist.init_process_group(self.spec.backend, store=store, rank=rank, world_size=size, timeout=limit)
+
+    def default_amp_dtype(self) -> torch.dtype:
+        """bf16, which needs no loss scaling, on CUDA cards of compute capability 8.0 or more; else that of ``spec``."""
+        has_bf16 = self.device.type == "cuda" and self.module.get_device_capability(self.device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else self.spec.amp_dtype
 
     @property
     def is_main(self) -> bool:

@@ -106,6 +106,17 @@ def test_bf16_is_not_the_default_where_torch_does_not_say_what_the_cpu_has(monke
     assert device.cpu_has_bf16() is False
 
 
+@pytest.mark.parametrize(
+    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_cuda_takes_bf16_where_the_card_has_it(monkeypatch, capability, dtype):
+    fake = dict(is_available=lambda: True, device_count=lambda: 1, set_device=lambda index: None)
+    for name, function in {**fake, "get_device_capability": lambda card: capability}.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert Accelerator("cuda").amp_dtype == dtype
+    assert Accelerator("cuda", amp_dtype="fp16").amp_dtype == torch.float16
+
+
 @pytest.mark.parametrize("capability, channels_last", [("AVX2", False), ("AVX512", True)])
 def test_memory_format_is_the_faster_one_of_the_cpu(monkeypatch, capability, channels_last):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

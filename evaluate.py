@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("device")
     group.add_argument("--device", choices=DEVICES, help="default: the first that is available")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="default: not on CPUs without bf16")
-    group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16; bf16 on CPUs, and on CUDA cards that have it")
+    group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16; bf16 on CPUs and newer CUDA cards")
     group.add_argument("--workers", type=int, default=2, metavar="N", help="data loader workers per process")
 
     args = parser.parse_args()

@@ -82,7 +82,7 @@ def parse_args() -> Namespace:
     group = parser.add_argument_group("device")
     group.add_argument("--device", choices=DEVICES, help="default: the first that is available")
     group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; default: not on CPUs without bf16")
-    group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16; bf16 on CPUs, and on CUDA cards that have it")
+    group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16; bf16 on CPUs and newer CUDA cards")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--workers", type=int, default=4, metavar="N", help="data loader workers per process")
     group.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait for another process")

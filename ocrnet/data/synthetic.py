@@ -6,7 +6,9 @@ from them as from real annotations. "persongroup", a deleted object, license pla
 exercise that step.
 
 Color does not determine the class: road, sidewalk, building, wall and fence share their grays, and vehicles, signs and
-clothes share their paints. Shape, texture, position and context do.
+clothes share their paints. Shape, texture, position and context do. The buildings of one street have about one color,
+and so have its walls, fences, poles, trees, hedges and verges, under a light of its own: what a class looks like in
+*this* image says more than its color in all images.
 
 World: X to the right, Y up from the ground, Z away from the camera, in meters. Notation: H W the image's size.
 """
@@ -23,7 +25,7 @@ from PIL import Image, ImageDraw
 from ..files import atomic_write, parallel_map
 
 SIZE = (128, 256)  # H, W of an image
-SPLITS = {"train": 240, "val": 60}  # images
+SPLITS = {"train": 480, "val": 60}  # images
 SUPERSAMPLING = 2  # images are painted at twice their size and reduced
 NEAR = 1.5  # meters; nothing closer is drawn
 
@@ -73,6 +75,8 @@ class Scene:
         sky = [(150, 185, 225), (200, 205, 210), (225, 205, 185)][rng.integers(3)]
         self.sky = np.array(sky) * rng.uniform(0.7, 1.0)
         self.sun = rng.choice([-1, 1])  # the side of the street that is lit
+        self.materials = {kind: gray(rng) for kind in ("building", "wall", "fence", "pole")}
+        self.materials |= {kind: green(rng) for kind in ("tree", "hedge", "terrain")}
         rows, columns = np.mgrid[: SUPERSAMPLING * self.height, : SUPERSAMPLING * self.width]
         self.x, self.y = (columns + 0.5) / SUPERSAMPLING, (rows + 0.5) / SUPERSAMPLING
         self.image = np.zeros((*self.x.shape, 3), np.float32)
@@ -139,6 +143,10 @@ class Scene:
         z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
         return right * z, z, z
 
+    def material(self, kind: str) -> np.ndarray:
+        """The color of a class in this street, with a little variation."""
+        return self.materials[kind] * self.rng.uniform(0.93, 1.07)
+
     # label, color, texture and noise (roughness, patches) are those of ``paint``; the rest is in meters
 
     def front(self, label, x, y, width, height, z, color, texture="plain", **noise) -> None:
@@ -157,7 +165,7 @@ class Scene:
 
     def finish(self) -> tuple[Image.Image, dict]:
         """The image, with the light, tint and noise of its camera, and the annotation."""
-        gain = self.rng.uniform(0.7, 1.2) * self.rng.uniform(0.94, 1.06, 3)
+        gain = self.rng.uniform(0.6, 1.2) * self.rng.uniform(0.8, 1.2, 3)
         image = (self.image * gain + 3 * self.grain[..., None]).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(image).reduce(SUPERSAMPLING)
         return image, {"imgHeight": self.height, "imgWidth": self.width, "objects": self.objects}
@@ -268,7 +276,7 @@ def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
 
 def tree(scene: Scene, x: float, z: float) -> None:
     rng = scene.rng
-    color, height = green(rng) * 0.9, rng.uniform(4, 8)
+    color, height = scene.material("tree") * 0.9, rng.uniform(4, 8)
     scene.front("vegetation", x - 0.2, 0, 0.4, 0.5 * height, z, np.array([80, 65, 50]))
     angles = np.arange(14) * 2 * np.pi / 14
     radii = rng.uniform(0.75, 1.15, 14) * 0.3 * height
@@ -279,7 +287,7 @@ def tree(scene: Scene, x: float, z: float) -> None:
 def pole(scene: Scene, x: float, z: float, carries: str) -> None:
     """A pole, alone or with a sign, a light or a lamp on it."""
     rng, height = scene.rng, scene.rng.uniform(2.8, 4.5)
-    scene.front("pole", x - 0.13, 0, 0.26, height, z, gray(rng) * 0.8)
+    scene.front("pole", x - 0.13, 0, 0.26, height, z, scene.material("pole") * 0.8)
     if carries == "traffic light":
         scene.front("traffic light", x - 0.25, height - 1.1, 0.5, 1.2, z, np.full(3, 40))
         lit = int(rng.integers(3))
@@ -292,7 +300,7 @@ def pole(scene: Scene, x: float, z: float, carries: str) -> None:
         scene.paint("traffic sign", outline(disc(0, height - 0.4, 0.7, corners), x, z), color)
         scene.paint(None, outline(disc(0, height - 0.4, 0.42, corners), x, z), np.full(3, 225))
     elif carries == "lamp":
-        scene.front("pole", x - 0.1, height, 0.9 if x < 0 else -0.7, 0.15, z, gray(rng) * 0.8)
+        scene.front("pole", x - 0.1, height, 0.9 if x < 0 else -0.7, 0.15, z, scene.material("pole") * 0.8)
 
 
 def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
@@ -300,16 +308,16 @@ def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
     rng = scene.rng
     light = 1.0 if x * scene.sun > 0 else 0.7
     if kind == "building":
-        height, color = rng.uniform(6, 16), gray(rng)
+        height, color = rng.uniform(6, 16), scene.material(kind)
         end = color * (1.7 - light)  # the end wall, lit when the front is not
         scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, end, "windows")
         scene.side(kind, x, z, length, height, color * light, "windows")
     elif kind == "wall":
-        scene.side(kind, x, z, length, rng.uniform(2.0, 3.6), gray(rng) * light, "bricks")
+        scene.side(kind, x, z, length, rng.uniform(2.0, 3.6), scene.material(kind) * light, "bricks")
     elif kind == "fence":
-        scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), gray(rng) * light, "bars")
+        scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), scene.material(kind) * light, "bars")
     elif kind == "hedge":
-        scene.side("vegetation", x, z, length, rng.uniform(1.5, 5), green(rng) * light, roughness=0.2, patches=0.2)
+        scene.side("vegetation", x, z, length, rng.uniform(1.5, 5), scene.material(kind) * light, roughness=0.2, patches=0.2)
 
 
 def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Image.Image, dict]:
@@ -328,7 +336,7 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
             scene.front(kind, x, 0, 24, rng.uniform(6, 20), 100.0, color, roughness=0.1)
 
     ground = gray(rng)
-    scene.ground("terrain", -300, 300, NEAR, 150, green(rng) * 1.1, roughness=0.12, patches=0.15)
+    scene.ground("terrain", -300, 300, NEAR, 150, scene.material("terrain") * 1.1, roughness=0.12, patches=0.15)
     scene.ground("road", -half, half, NEAR, 150, ground, roughness=0.07)
     for side in (-1, 1):
         inner, outer = sorted((side * half, side * edge))

@@ -42,8 +42,9 @@ from ocrnet.script import make_parser, run_script
 from ocrnet.signals import StopSignal, ignore_signals_in_worker
 
 DEMO = dict(
-    data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18s", crop_size=[96, 192], workers=1,
-    scale_range=[0.75, 1.5], batch_size=4, max_iters=600, lr=0.05, val_every=200, save_every=200, log_every=10,
+    data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18t", crop_size=[96, 192], workers=1,
+    scale_range=[1.0, 1.0], color_jitter=False, batch_size=4, max_iters=1500, lr=0.2, val_every=500, save_every=500,
+    log_every=25,
 )  # fmt: skip
 
 

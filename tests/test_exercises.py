@@ -84,7 +84,7 @@ print(evaluate(head, samples, 19, Accelerator("cpu"), segment, 2).pixel_accuracy
 def test_another_width_is_a_line():
     code = """
 from ocrnet.models import build_model
-print(list(build_model("hr9s").backbone.transition1[0][0].weight.shape))
+print(list(build_model("hr9t").backbone.transition1[0][0].weight.shape))
 """
     assert check("width", code) == [9, 256, 3, 3]
 

@@ -135,6 +135,13 @@ class ToyBackbone(nn.Module):
         return features, features
 
 
+def test_the_backbone_states_the_width_of_the_ocr_head(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "toy", ToyBackbone)
+    head = build_model("toy", num_classes=3).head
+    assert head.classifier[1].weight.shape[:2] == (3, 16)
+    assert head.attention.phi[0][0].weight.shape[:2] == (8, 16)
+
+
 @pytest.mark.parametrize("head", ["ocr", "fcn"])
 def test_new_backbone_trains(head, monkeypatch):
     monkeypatch.setitem(BACKBONES, "toy", ToyBackbone)

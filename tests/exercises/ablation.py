@@ -25,7 +25,7 @@ EXERCISES = {  # flags of train.py
     "ground_truth": [],
     "upper_bound": [],
     "classes": [],
-    "width": ["--model", "hr9s"],
+    "width": ["--model", "hr9t"],
 }
 
 

@@ -23,6 +23,7 @@ from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError
 from ocrnet.evaluation import evaluate_split, export_split, print_scores
 from ocrnet.files import atomic_write
+from ocrnet.hub import find_weights
 from ocrnet.inference import color_images, segment
 from ocrnet.script import make_parser, run_script
 
@@ -30,7 +31,7 @@ from ocrnet.script import make_parser, run_script
 # fmt: off
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, usage="evaluate.py --ckpt FILE [options]")
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint: a file, or a name of hub.py")
 
     group = parser.add_argument_group("data set")
     group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
@@ -75,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(args.device, args.amp, args.amp_dtype)
-    model, table = load_model(args.ckpt)
+    model, table = load_model(find_weights(args.ckpt, accelerator))
     table = table or read_classes(args.data_path)
     if model.config["num_classes"] != len(table):
         raise InputError(

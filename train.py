@@ -32,6 +32,7 @@ from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError
 from ocrnet.evaluation import baseline_of, evaluate, without_nan
+from ocrnet.hub import find_weights
 from ocrnet.inference import segment
 from ocrnet.losses import OHEM, ocr_loss
 from ocrnet.models import BACKBONES, HEAD_INITS, HEADS, build_model, load_weights, reset_parameters
@@ -57,7 +58,7 @@ def parse_args() -> Namespace:
     group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/MODEL, or runs/MODEL-fcn")
     group.add_argument("--model", choices=BACKBONES, default="hr18", help="backbone")
     group.add_argument("--head", choices=HEADS, default="ocr", help="fcn is a plain classifier")
-    group.add_argument("--weights", type=Path, metavar="FILE", help="initial weights, such as an ImageNet HRNet's")
+    group.add_argument("--weights", metavar="FILE", help="initial weights: a file, imagenet, or a name of hub.py")
     group.add_argument("--resume", action="store_true", help="continue from last.pt in --output-dir, if it exists")
     group.add_argument("--dry-run", action="store_true", help="print what would be trained and exit")
     group = parser.add_argument_group("recipe")
@@ -139,7 +140,8 @@ def build_state(args: Namespace, num_classes: int, checkpoint: dict | None, acce
         if args.head_init == "authors":
             reset_parameters(model.head)
         if args.weights:
-            accelerator.print0(f"{args.weights}: {load_weights(model, args.weights)}")
+            path = find_weights(args.weights, accelerator, args.model)
+            accelerator.print0(f"{path}: {load_weights(model, path)}")
     model = accelerator.convert_sync_bn(model).to(accelerator.device, memory_format=accelerator.memory_format)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     state = RunState(model, optimizer, accelerator.grad_scaler())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .data.classes import ClassTable
+from .data.classes import ClassTable, classes_from_meta
 from .errors import InputError
 from .files import atomic_write
 from .models import OCRNet, build_model
@@ -92,6 +92,6 @@ def load_model(path: Path) -> tuple[OCRNet, ClassTable | None]:
     """
     state = read_file(path)
     if not is_checkpoint(state):
-        return build_from_checkpoint(path).eval(), None
+        return build_from_checkpoint(path).eval(), classes_from_meta(state, str(path))
     table = ClassTable.from_rows(state["classes"], str(path)) if "classes" in state else None
     return restore_model(state, path).eval(), table

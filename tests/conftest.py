@@ -286,6 +286,11 @@ MMSEGMENTATION = {
     "head.classifier.1.": "decode_head.1.conv_seg.",
     "backbone.": "backbone.",
 }
+MMSEGMENTATION_FCN = {
+    "head.hidden.": "decode_head.convs.0.",
+    "head.classifier.1.": "decode_head.conv_seg.",
+    "backbone.": "backbone.",
+}
 DEEP_STEM = {"backbone.conv1.": "backbone.stem.", "backbone.bn1.": "backbone.stem.7."}  # of ResNetV1c
 AUTHORS = {
     "head.region_head.0.": "aux_head.",
@@ -310,8 +315,9 @@ def split_prefix(name: str, prefixes: dict[str, str]) -> tuple[str, str, str]:
 
 
 def as_mmsegmentation(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of an OCRNet under mmsegmentation's names."""
-    prefixes = {**(DEEP_STEM if model.config["deep_stem"] else {}), **MMSEGMENTATION}
+    """The state_dict of an OCRNet, or of HRNet + FCN, under mmsegmentation's names."""
+    names = MMSEGMENTATION if model.config["head"] == "ocr" else MMSEGMENTATION_FCN
+    prefixes = {**(DEEP_STEM if model.config["deep_stem"] else {}), **names}
     tensors = {}
     for name, x in model.state_dict().items():
         ours, theirs, rest = split_prefix(name, prefixes)

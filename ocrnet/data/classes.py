@@ -108,6 +108,32 @@ class ClassTable:
         return cls(labels)
 
 
+def classes_from_meta(state: Any, source: str) -> ClassTable | None:
+    """The classes of a checkpoint of mmsegmentation: CLASSES and PALETTE of 0.x, dataset_meta of 1.x. None without.
+
+    Raises:
+        InputError: names and colors do not fit each other.
+    """
+    meta = state.get("meta") if isinstance(state, dict) else None
+    if not isinstance(meta, dict):
+        return None
+    meta = {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE"), **(meta.get("dataset_meta") or {})}
+    names, palette = meta["classes"], meta["palette"]
+    if not names or not palette:
+        return None
+    if list(names) == CITYSCAPES.names:
+        return CITYSCAPES  # with its label ids and categories
+    if len(names) != len(palette):
+        raise InputError(
+            f"{source}: expected a color of each class, found {len(names)} names and {len(palette)} colors"
+        )
+    rows = [
+        {"name": name, "id": k, "train_id": k, "color": list(color)}
+        for k, (name, color) in enumerate(zip(names, palette))
+    ]
+    return ClassTable.from_rows(rows, source)
+
+
 def read_classes(root: Path) -> ClassTable:
     """The classes of the data set under ``root``: its classes.json, or Cityscapes' without one.
 

@@ -317,7 +317,9 @@ def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
     elif kind == "fence":
         scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), scene.material(kind) * light, "bars")
     elif kind == "hedge":
-        scene.side("vegetation", x, z, length, rng.uniform(1.5, 5), scene.material(kind) * light, roughness=0.2, patches=0.2)
+        scene.side(
+            "vegetation", x, z, length, rng.uniform(1.5, 5), scene.material(kind) * light, roughness=0.2, patches=0.2
+        )
 
 
 def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Image.Image, dict]:

@@ -28,6 +28,8 @@ MMSEGMENTATION = {
     r"decode_head\.1\.object_context_block\.out_project\.": "head.attention.rho.",
     r"decode_head\.1\.object_context_block\.bottleneck\.": "head.g.",
     r"decode_head\.1\.conv_seg\.": "head.classifier.1.",
+    r"decode_head\.convs\.0\.": "head.hidden.",  # of its HRNet + FCN
+    r"decode_head\.conv_seg\.": "head.classifier.1.",
     r"backbone\.stem\.7\.": "backbone.bn1.",  # ResNetV1c: the last BatchNorm of the deep stem
     r"backbone\.stem\.": "backbone.conv1.",
 }
@@ -43,7 +45,8 @@ AUTHORS = {
     r"cls_head\.": "head.classifier.1.",
     r"": "backbone.",
 }
-BACKBONE = {r"": "backbone."}  # an ImageNet HRNet, or torchvision's ResNet
+# an ImageNet HRNet, torchvision's ResNet, or ResNetV1c
+BACKBONE = {r"stem\.7\.": "backbone.bn1.", r"stem\.": "backbone.conv1.", r"": "backbone."}
 AUTHORS_DROPOUT = 0.05
 
 CLASSIFIERS = ("head.region_head.2.", "head.classifier.1.")
@@ -126,7 +129,7 @@ def rename_keys(names: Iterable[str]) -> tuple[str, dict[str, str]]:
     names = list(names)
     if "head.classifier.1.weight" in names:
         source, rules = "this project", {}
-    elif "decode_head.1.conv_seg.weight" in names:
+    elif "decode_head.1.conv_seg.weight" in names or "decode_head.conv_seg.weight" in names:
         source, rules = "mmsegmentation", MMSEGMENTATION
     elif "cls_head.weight" in names:
         source, rules = "the authors' HRNet-OCR", AUTHORS

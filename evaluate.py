@@ -21,7 +21,7 @@ from ocrnet.checkpoint import load_model
 from ocrnet.data.classes import read_classes
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError
-from ocrnet.evaluation import evaluate_split, export_split, print_scores
+from ocrnet.evaluation import evaluate_split, export_split, format_shares, print_scores
 from ocrnet.files import atomic_write
 from ocrnet.hub import find_weights
 from ocrnet.inference import color_images, segment
@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("images")
     group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files and folders")
     group.add_argument("--save", type=Path, metavar="DIR", help="write them colored by class to DIR")
+    group.add_argument("--legend", action="store_true", help="also NAME_legend.png, with the names of the classes")
     group.add_argument("--explain", type=Path, metavar="DIR", help="write a figure per step of the method to DIR")
     group.add_argument("--pixel", type=int, nargs=2, action="append", metavar=("X", "Y"), help="for --explain")
 
@@ -63,6 +64,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--images: expected together with --save or --explain")
     if args.explain and (args.scales != [1.0] or args.flip or args.slide):
         parser.error("--explain: shows one forward pass at scale 1: leave out --scales, --flip, --slide")
+    if args.legend and not args.save:
+        parser.error("--legend: expected together with --save")
     if args.pixel and not args.explain:
         parser.error("--pixel: expected together with --explain")
     if min(args.scales) <= 0 or min(args.slide or [1]) < 1 or min(args.stride or [1]) < 1:
@@ -88,7 +91,8 @@ def main() -> None:
     segment_image = partial(segment, accelerator=accelerator, **options)
 
     if args.save:
-        color_images(model, args.images, args.save, table, accelerator, segment_image)
+        pixels = color_images(model, args.images, args.save, table, accelerator, segment_image, args.legend)
+        accelerator.print0(format_shares(pixels, table))
     if args.explain:
         from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
 

@@ -167,6 +167,14 @@ def summarize(confusion: ConfusionMatrix, table: ClassTable, instance_iou: Insta
     return scores
 
 
+def format_shares(pixels: Tensor, table: ClassTable) -> str:
+    """A line per class that occurs, with its share of ``pixels``, int64 (K,); the largest first."""
+    shares = 100 * pixels.double() / pixels.sum().clamp(min=1)
+    found = [k for k in shares.argsort(descending=True, stable=True).tolist() if pixels[k]]
+    width = max((len(table.names[k]) for k in found), default=0)
+    return "\n".join(f"{table.names[k]:{width}} {shares[k]:6.1f} %" for k in found)
+
+
 def format_percent(score: float | None) -> str:
     return "nan" if score is None or math.isnan(score) else f"{100 * score:.2f}"
 

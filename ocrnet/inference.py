@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data.classes import ClassTable
-from .data.images import read_image, to_tensor
+from .data.images import count_frames, read_frames, read_image, to_tensor
 from .data.transforms import preprocess
 from .device import Accelerator
 from .errors import InputError
 from .files import atomic_write
+from .metrics import sum_over_processes
 
 Segment = Callable[[nn.Module, Tensor], Tensor]  # ``segment`` with its other arguments bound
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @torch.inference_mode()
@@ -160,23 +161,60 @@ def save_png(image: np.ndarray, path: Path) -> None:
         Image.fromarray(image).save(part, format="PNG")
 
 
+def frame_names(path: Path) -> list[str]:
+    """The name of an image file without its suffix; of an animation NAME_0000, NAME_0001, ..."""
+    count = count_frames(path)
+    return [path.stem] if count == 1 else [f"{path.stem}_{i:04d}" for i in range(count)]
+
+
 def color_images(
-    model: nn.Module, paths: Sequence[Path], folder: Path, table: ClassTable, accelerator: Accelerator, segment: Segment
-) -> None:
+    model: nn.Module,
+    paths: Sequence[Path],
+    folder: Path,
+    table: ClassTable,
+    accelerator: Accelerator,
+    segment: Segment,
+    legend: bool = False,
+) -> Tensor:
     """Write NAME.png (class colors) and NAME_overlay.png (mean of image and class colors) to ``folder``.
+
+    Args:
+        legend: also write NAME_legend.png, the overlay with the names of its classes.
+
+    Returns:
+        The number of pixels of each class in all images of all processes, int64 (K,), on the CPU.
 
     Raises:
         InputError: an image is invalid, or would be overwritten.
     """
     images = list_images(paths)
-    targets = [folder / f"{path.stem}{suffix}.png" for path in images for suffix in ("", "_overlay")]
+    names = {path: frame_names(path) for path in images}
+    suffixes = ("", "_overlay", "_legend") if legend else ("", "_overlay")
+    targets = [folder / f"{name}{suffix}.png" for path in images for name in names[path] for suffix in suffixes]
+    taken = {path.resolve() for path in images}
     for target in targets:
-        if target.resolve() in [path.resolve() for path in images] or targets.count(target) > 1:
+        if target.resolve() in taken:
             raise InputError(f"--save {folder}: would overwrite {target}: choose another folder")
+        taken.add(target.resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    for path in rank_shard(images, accelerator, "coloring"):
-        image, classes = segment_file(model, path, segment)
-        colors = table.palette[classes]  # (H, W, 3)
-        save_png(colors, folder / f"{path.stem}.png")
-        save_png(overlay(image, colors), folder / f"{path.stem}_overlay.png")
-    accelerator.print0(f"{len(images)} images: NAME.png and NAME_overlay.png in {folder}")
+    pixels = torch.zeros(len(table), dtype=torch.int64)
+    shard = images[accelerator.rank :: accelerator.world_size]
+    total = sum(len(names[path]) for path in shard)
+    bar = tqdm(total=total, desc="coloring", unit="image", disable=None if accelerator.is_main else True)
+    for path in shard:
+        for name, image in zip(names[path], read_frames(path)):
+            classes = segment(model, to_tensor(image)[None])[0].cpu()
+            counts = classes.flatten().bincount(minlength=len(table))
+            colors = table.palette[classes]  # (H, W, 3)
+            mixed = overlay(np.asarray(image), colors)
+            save_png(colors, folder / f"{name}.png")
+            save_png(mixed, folder / f"{name}_overlay.png")
+            if legend:
+                from .visualize import save_legend  # only here: matplotlib is slow to import
+
+                save_legend(folder / f"{name}_legend.png", mixed, counts, table)
+            pixels += counts
+            bar.update()
+    bar.close()
+    accelerator.print0(f"{len(targets) // len(suffixes)} images: NAME.png and NAME_overlay.png in {folder}")
+    return sum_over_processes(pixels, accelerator.device)

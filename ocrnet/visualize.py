@@ -98,6 +98,23 @@ def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: C
     plt.close(fig)
 
 
+def save_legend(path: Path, image: np.ndarray, pixels: Sequence[int], table: ClassTable) -> None:
+    """An image, and beside it the classes that it has, with their shares of its ``pixels`` (K,)."""
+    shares = np.asarray(pixels) / max(sum(pixels), 1)
+    height, width = image.shape[:2]
+    fig, axis = plt.subplots(figsize=(10, 10 * height / width), layout="constrained")
+    axis.imshow(image)
+    axis.set_axis_off()
+    patches = [
+        Patch(color=table.palette[k] / 255, label=f"{table.names[k]}  {shares[k]:.1%}")
+        for k in np.argsort(-shares, kind="stable")
+        if shares[k] > 0
+    ]
+    fig.legend(handles=patches, loc="outside right upper", frameon=False)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
 def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable) -> None:
     """IoU of each class, and the confusion matrix as shares of each label's pixels."""
     iou = 100 * confusion.iou().numpy()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset
-from ocrnet.data.images import read_image, read_label, to_tensor
+from ocrnet.data.images import count_frames, read_frames, read_image, read_label, to_tensor
 from ocrnet.data.packed import is_packed, pack_samples, packed_path
 from ocrnet.data.transforms import NO_CHANGE
 from ocrnet.errors import InputError
@@ -61,6 +61,26 @@ def test_images_of_any_mode_become_rgb(tmp_path):
         image.save(tmp_path / f"{name}.png")
         rgb = np.asarray(read_image(tmp_path / f"{name}.png")).astype(int)
         assert rgb.shape == (16, 16, 3) and abs(rgb - gray[..., None]).max() <= 1, name
+
+
+def test_images_are_rotated_as_their_exif_orientation_says(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the first row is the right side
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    for rows in (None, 2):
+        assert np.array_equal(np.asarray(read_image(tmp_path / "a.png", rows)), np.rot90(pixels, -1))
+
+
+def test_frames_of_an_animation_and_of_other_files(tmp_path):
+    frames = [Image.new("RGB", (4, 3), color) for color in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "b.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "c.png")
+    colors = [np.asarray(frame)[0, 0].tolist() for frame in read_frames(tmp_path / "a.gif")]
+    assert colors == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    assert [count_frames(tmp_path / name) for name in ("a.gif", "b.jpg", "c.png", "absent.png")] == [3, 1, 1, 1]
+    assert len(list(read_frames(tmp_path / "b.jpg"))) == 1
 
 
 def test_label_is_one_channel_of_eight_bits(tmp_path):

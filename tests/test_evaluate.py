@@ -145,6 +145,7 @@ def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path
         ("--images x.png --explain out --slide 32 32", "--explain"),
         ("--images x.png", "--images"),
         ("--save out", "--images"),
+        ("--legend", "--legend"),
         ("--scales 0", "--scales"),
         ("--slide 0 32", "--slide"),
         ("--pixel 1 2", "--pixel"),

@@ -192,6 +192,25 @@ def test_images_are_colored_by_class(cpu, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+def test_frames_are_colored_in_order_and_classes_counted(cpu, tmp_path):
+    frames = [Image.new("RGB", (8, 4), (red, 0, 0)) for red in (0, 1, 2)]
+    frames[0].save(tmp_path / "video.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[1].save(tmp_path / "alone.png")
+    paths = [tmp_path / "video.webp", tmp_path / "alone.png"]
+    pixels = color_images(nn.Identity(), paths, tmp_path / "out", CITYSCAPES, cpu, segment_by_red, legend=True)
+    assert pixels.tolist() == [32, 64, 32] + 16 * [0]
+    names = ("video_0000", "video_0001", "video_0002", "alone")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {f"{name}{suffix}.png" for name in names for suffix in ("", "_overlay", "_legend")}
+    for name, k in zip(names, (0, 1, 2, 1)):
+        assert (np.asarray(Image.open(tmp_path / f"out/{name}.png")) == CITYSCAPES.palette[k]).all()
+        Image.open(tmp_path / f"out/{name}_legend.png").verify()
+    with pytest.raises(InputError, match="^--save .*video_0001.png"):
+        frames[0].save(tmp_path / "out/video.webp", save_all=True, append_images=frames[1:], lossless=True)
+        images = [tmp_path / "out/video.webp", tmp_path / "out/video_0001.png"]
+        color_images(nn.Identity(), images, tmp_path / "out", CITYSCAPES, cpu, segment_by_red)
+
+
 @pytest.mark.parametrize("names, folder", [(["a.png"], "."), (["a.png", "a_overlay.png"], "out")])
 def test_images_are_not_overwritten(cpu, tmp_path, names, folder):
     paths = save_images(tmp_path, *names)

@@ -3,11 +3,12 @@
 Notation: H W an image's size.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import InputError
@@ -25,7 +26,7 @@ def decode(path: Path, rows: int | None = None) -> Image.Image:
     """
     try:
         image = Image.open(path)
-        if rows and image.format == "PNG" and not image.info.get("interlace"):
+        if rows and image.format == "PNG" and not image.info.keys() & {"interlace", "exif"}:
             codec, (left, top, right, bottom), *rest = image.tile[0]
             image.tile = [(codec, (left, top, right, min(rows, bottom)), *rest)]
         image.load()
@@ -41,8 +42,30 @@ def decode(path: Path, rows: int | None = None) -> Image.Image:
 
 
 def read_image(path: Path, rows: int | None = None) -> Image.Image:
-    """Read an image as 8-bit RGB. Gray, palette, 16-bit and transparent images are converted. See ``decode``."""
-    image = decode(path, rows)
+    """Read an image as 8-bit RGB, rotated as its EXIF orientation says. See ``decode``."""
+    return to_rgb(decode(path, rows))
+
+
+def read_frames(path: Path) -> Iterator[Image.Image]:
+    """The frames of an animated GIF, PNG or WebP, or the image of another file. As ``read_image``."""
+    image = decode(path)
+    for i in range(count_frames(path)):
+        image.seek(i)
+        yield to_rgb(image)
+
+
+def count_frames(path: Path) -> int:
+    """1 also for a camera's JPEG of several images (MPO), and for a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception:  # damaged bytes raise many types; ``decode`` says what is wrong
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright. Gray, palette, 16-bit and transparent images are converted."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits per channel, which PIL would clip instead of scale
         image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

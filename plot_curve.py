@@ -3,16 +3,20 @@
     python plot_curve.py runs/hr18                                      writes runs/hr18/curve.png
     python plot_curve.py runs/hr18 runs/hr48 --output both.png
     python plot_curve.py runs/hr18 train_sdaa_3rd.log --output both.png     with a log of mmengine
+    python plot_curve.py runs/sdaa runs/cuda --compare                  are the losses those of the second?
 
 A log is a run's folder, its log.jsonl, or a text log of mmengine (mmsegmentation 1.x). The label of a curve is the name
 of the folder or of the text log.
 """
 
+import sys
 from pathlib import Path
 
-from ocrnet.logs import read_log
+from ocrnet.logs import Log, compare_losses, read_log
 from ocrnet.script import make_parser, run_script
 from ocrnet.visualize import plot_curves
+
+MAX_RELATIVE, MAX_ABSOLUTE = 0.05, 0.0002  # of the SDAA model zoo
 
 
 def main() -> None:
@@ -21,8 +25,11 @@ def main() -> None:
         "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or mmengine's log"
     )
     parser.add_argument("--output", type=Path, metavar="PNG", help="default: curve.png beside the first log")
+    parser.add_argument("--compare", action="store_true", help="the loss of two logs; exits with 1 if they differ")
     parser.add_argument("--log-scale", action="store_true", help="logarithmic axes for loss and learning rate")
     args = parser.parse_args()
+    if args.compare and len(args.logs) != 2:
+        parser.error(f"--compare: expected two logs, found {len(args.logs)}")
     logs = [read_log(path) for path in args.logs]
     names = [log.name for log in logs]
     logs = [log._replace(name=str(path)) if names.count(log.name) > 1 else log for log, path in zip(logs, args.logs)]
@@ -33,6 +40,21 @@ def main() -> None:
         best = f", best mIoU {max(entry['mIoU'] for entry in log.val):.2%}" if log.val else ""
         print(f"{log.name}: {len(log.train)} training entries, {len(log.val)} validations{best}")
     print(f"wrote {output}")
+    if args.compare and not print_comparison(*logs):
+        sys.exit(1)
+
+
+def print_comparison(first: Log, second: Log) -> bool:
+    """Print how far the first loss curve is from the second. Return whether it passes the SDAA model zoo's limits.
+
+    The zoo's rule takes means of signed differences, so that a curve 39 % lower passes. Here they are absolute.
+    """
+    found = compare_losses(first, second)
+    passes = found.relative <= MAX_RELATIVE or found.absolute <= MAX_ABSOLUTE
+    print(f"final loss: {first.name} {found.final[0]:.4f}, {second.name} {found.final[1]:.4f}")
+    print(f"mean relative error {found.relative:.2%} (signed {found.signed:+.2%}), at most {MAX_RELATIVE:.0%}")
+    print(f"or mean absolute error {found.absolute:.5f}, at most {MAX_ABSOLUTE}: {'pass' if passes else 'fail'}")
+    return passes
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +32,8 @@ from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError
 from ocrnet.evaluation import baseline_of, evaluate, without_nan
 from ocrnet.hub import find_weights
-from ocrnet.inference import segment
 from ocrnet.losses import OHEM, ocr_loss
+from ocrnet.metrics import sum_over_processes
 from ocrnet.models import BACKBONES, HEAD_INITS, HEADS, build_model, load_weights, reset_parameters
 from ocrnet.progress import Progress
 from ocrnet.run import RunFolder, RunState, check_resumable, draw_run, load_last, run_settings
@@ -173,6 +172,11 @@ def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor
     return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 
 
+def class_weights_of(args: Namespace, accelerator: Accelerator) -> Tensor | None:
+    """The weights of the classes in the loss, (K,) on the device."""
+    return torch.tensor(CLASS_WEIGHTS, device=accelerator.device) if args.class_weights else None
+
+
 def train_step(
     args: Namespace, state: RunState, model: nn.Module, batches: Iterator, accelerator: Accelerator
 ) -> tuple[Tensor, float]:
@@ -182,7 +186,7 @@ def train_step(
         (loss, final loss, auxiliary loss), the mean of the batches, (3,) on the device; and seconds waited for data.
     """
     losses, waited = torch.zeros(3, device=accelerator.device), 0.0
-    class_weights = losses.new_tensor(CLASS_WEIGHTS) if args.class_weights else None
+    class_weights = class_weights_of(args, accelerator)
     for micro_step in range(args.accum_steps):
         since = time.perf_counter()
         batch = next(batches)
@@ -202,17 +206,31 @@ def train_step(
 
 
 def validate(args: Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder) -> None:
-    """Evaluate on val, log the scores, and write best.pt (if mIoU is the highest so far) and last.pt."""
-    segment_image = partial(segment, accelerator=accelerator)
-    confusion = evaluate(state.model, data.val, len(data.table), accelerator, segment_image, args.workers)
+    """Evaluate on val, log loss and scores, and write best.pt (if mIoU is the highest so far) and last.pt."""
+    losses = torch.zeros(3, dtype=torch.float64)  # loss, final loss, auxiliary loss: sums over this process's images
+
+    def add_loss(outputs: Sequence[Tensor], label: Tensor) -> None:
+        loss, parts = ocr_loss(outputs, label, class_weights_of(args, accelerator), args.ohem, args.avg_non_ignore)
+        losses.add_(torch.cat([loss[None], parts]).cpu())
+
+    since = time.perf_counter()
+    confusion = evaluate(state.model, data.val, len(data.table), accelerator, None, args.workers, observe=add_loss)
+    speed = len(data.val) / (time.perf_counter() - since)
+    loss, final, aux = (sum_over_processes(losses, accelerator.device) / len(data.val)).tolist()
     miou, state.confusion, state.validated = confusion.mean_iou(), confusion, state.iteration
     if miou > state.best_miou:
         state.best_miou = miou
         folder.save("best.pt", state.state_dict())
     iou, miou_or_none = without_nan(data.table.names, confusion.iou()), None if math.isnan(miou) else miou
-    folder.log({"split": "val", "iter": state.iteration, "mIoU": miou_or_none, "IoU": iou})
+    folder.log({
+        "split": "val", "iter": state.iteration, "mIoU": miou_or_none, "loss": loss, "loss_final": final,
+        "loss_aux": aux, "images_per_s": speed, "IoU": iou,
+    })  # fmt: skip
     folder.save("last.pt", state.state_dict())
-    accelerator.print0(f"iter {state.iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}")
+    accuracy = confusion.pixel_accuracy()
+    accelerator.print0(
+        f"iter {state.iteration}: mIoU {miou:.2%}, pixel accuracy {accuracy:.2%}, loss {loss:.4f}, {speed:.1f} images/s"
+    )
 
 
 def train(

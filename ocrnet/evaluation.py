@@ -4,6 +4,7 @@ Notation: K classes.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ def evaluate(
     dataset: EvalDataset,
     num_classes: int,
     accelerator: Accelerator,
-    segment: Segment,
+    segment: Segment | None,
     workers: int = 0,
     instance_iou: InstanceIoU | None = None,
+    observe: Callable[[Sequence[Tensor], Tensor], None] | None = None,
 ) -> ConfusionMatrix:
     """The confusion matrix of a data set, summed over all processes. The model is in evaluation mode meanwhile.
 
@@ -40,6 +42,8 @@ def evaluate(
     Args:
         segment: ``inference.segment`` with its arguments after (model, image) bound.
         instance_iou: updated too; requires an ``InstanceDataset``.
+        observe: takes the place of ``segment``: called with the outputs (1, K, H, W) of one forward pass and the label
+            (1, H, W), int64, of each image of this process.
     """
     training = model.training
     model.eval()
@@ -50,7 +54,13 @@ def evaluate(
     )
     quiet = None if accelerator.is_main else True  # None: a bar on terminals
     for image, label, *instances in tqdm(loader, desc="evaluating", leave=False, disable=quiet):
-        prediction = segment(model, image).to(accelerator.metric_device)  # (1, H, W)
+        if observe:
+            outputs = forward_image(model, image, accelerator)
+            observe(outputs, label.to(accelerator.device).long())
+            prediction = outputs[0].max(dim=1).indices
+        else:
+            prediction = segment(model, image)  # (1, H, W)
+        prediction = prediction.to(accelerator.metric_device)
         confusion.update(label.to(accelerator.metric_device), prediction)  # label (1, H, W)
         if instance_iou:
             instance_iou.update(instances[0].to(accelerator.metric_device), prediction)

@@ -2,8 +2,11 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from .errors import InputError
 
@@ -64,3 +67,52 @@ def parse_mmengine_line(line: str, train: list[dict]) -> dict:
     if "mIoU" in values and train:
         return {"split": "val", "iter": train[-1]["iter"], "mIoU": values["mIoU"] / 100}
     return {}
+
+
+def smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """Running mean over the last ``window`` values (fewer at the beginning).
+
+    >>> smooth([4, 2, 0, 0], window=2).tolist()
+    [4.0, 3.0, 1.0, 0.0]
+    """
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(stop - window, 0)
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+class Comparison(NamedTuple):
+    """Two smoothed loss curves at the iterations that both cover."""
+
+    final: tuple[float, float]  # the last loss of each
+    relative: float  # mean of |first - second| / second
+    absolute: float  # mean of |first - second|
+    signed: float  # mean of (first - second) / second
+
+
+def compare_losses(first: Log, second: Log) -> Comparison:
+    """Compare the training losses of two logs, interpolated at the iterations of the first.
+
+    Raises:
+        InputError: they have no iterations in common.
+    """
+    curves = []
+    for log in (first, second):
+        values = [entry["loss"] for entry in log.train]
+        curves.append(
+            (np.array([entry["iter"] for entry in log.train], float), smooth(values, smoothing_window(values)))
+        )
+    (x, a), (other_x, b) = curves
+    common = (x >= other_x.min(initial=np.inf)) & (x <= other_x.max(initial=-np.inf))
+    if not common.any():
+        raise InputError(
+            f"--compare: expected logs of the same iterations, found none in {first.name} and {second.name}"
+        )
+    a, b = a[common], np.interp(x[common], other_x, b)
+    difference = a - b
+    relative = difference / b
+    return Comparison((a[-1], b[-1]), abs(relative).mean(), abs(difference).mean(), relative.mean())
+
+
+def smoothing_window(values: Sequence[float]) -> int:
+    return len(values) // 15 + 1

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from .data.classes import IGNORE_INDEX, ClassTable
-from .logs import Log
+from .logs import Log, smooth, smoothing_window
 from .metrics import ConfusionMatrix
 
 matplotlib.use("Agg")  # files only, no screen
@@ -136,20 +136,8 @@ def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable) -> No
     plt.close(fig)
 
 
-def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """Running mean over the last ``window`` values (fewer at the beginning).
-
-    >>> smooth([4, 2, 0, 0], window=2).tolist()
-    [4.0, 3.0, 1.0, 0.0]
-    """
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    stop = np.arange(1, len(values) + 1)
-    start = np.maximum(stop - window, 0)
-    return (sums[stop] - sums[start]) / (stop - start)
-
-
 def plot_curves(logs: Sequence[Log], path: Path, log_scale: bool = False) -> None:
-    """Training loss (raw and smoothed), learning rate and validation mIoU of one or more runs.
+    """Loss (of training raw and smoothed, of validation), learning rate and validation mIoU of one or more runs.
 
     Args:
         log_scale: logarithmic axes for loss and learning rate.
@@ -160,17 +148,20 @@ def plot_curves(logs: Sequence[Log], path: Path, log_scale: bool = False) -> Non
         if log.train:
             iters = [entry["iter"] for entry in log.train]
             values = [entry["loss"] for entry in log.train]
-            window = len(values) // 15 + 1
+            window = smoothing_window(values)
             loss.plot(iters, values, color=color, alpha=0.3, linewidth=1)
             label = f"{log.name}, mean of {window} entries" if window > 1 else log.name
             loss.plot(iters, smooth(values, window), color=color, label=label)
             lr.plot(iters, [entry["lr"] for entry in log.train], color=color, label=log.name)
+        losses = [(entry["iter"], entry["loss"]) for entry in log.val if "loss" in entry]
+        if losses:
+            loss.plot(*zip(*losses), "o--", color=color, label=f"{log.name}, validation")
         if log.val:
             scores = [100 * entry["mIoU"] for entry in log.val]
             score.plot([entry["iter"] for entry in log.val], scores, "o-", color=color, label=log.name)
             last = log.val[-1]["iter"], scores[-1]
             score.annotate(f"{scores[-1]:.2f}", last, (0, 6), textcoords="offset points", ha="center")
-    loss.set(title="training loss", xlabel="iteration", ylabel="loss")
+    loss.set(title="loss", xlabel="iteration", ylabel="loss")
     lr.set(title="learning rate", xlabel="iteration", ylabel="learning rate")
     score.set(title="validation", xlabel="iteration", ylabel="mIoU (%)")
     score.margins(x=0.1, y=0.15)

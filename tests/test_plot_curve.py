@@ -37,6 +37,34 @@ def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys)
     assert both.shape == scaled.shape and np.any(both != scaled)
 
 
+def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsys):
+    def log(name, factors):
+        (tmp_path / name).mkdir()
+        lines = [{**entry, "loss": entry["loss"] * factor} for entry, factor in zip(TRAIN, factors)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    main("plot_curve.py", log("close", [1.04, 0.98, 1.01, 0.97]), logs[0], "--compare")
+    assert "2.50%" in capsys.readouterr().out
+    for name, factors in (("lower", [0.6] * 4), ("crossing", [1.2, 0.8, 1.2, 0.8])):  # whose signed means pass
+        with pytest.raises(SystemExit) as error:
+            main("plot_curve.py", log(name, factors), logs[0], "--compare")
+        assert error.value.code == 1
+    close = [{**entry, "loss": 1e-3 * entry["loss"]} for entry in TRAIN]
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in close))
+    main("plot_curve.py", log("tiny", [1.1e-3, 1e-3, 1e-3, 1e-3]), tmp_path / "small", "--compare")  # 0.000075 apart
+
+
+def test_logs_to_compare_are_two_of_the_same_iterations(main, logs, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        main("plot_curve.py", logs[0], "--compare")
+    assert error.value.code == 2
+    (tmp_path / "late.log").write_text(MMENGINE.replace("[ 1/", "[ 40/"))
+    with pytest.raises(InputError, match="^--compare: "):
+        main("plot_curve.py", logs[0], tmp_path / "late.log", "--compare")
+
+
 def test_the_figure_is_beside_the_first_log_by_default(main, logs):
     main("plot_curve.py", *logs)
     Image.open(logs[0] / "curve.png").verify()

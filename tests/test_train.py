@@ -12,10 +12,15 @@ from conftest import ROOT, TINY_RUN, entries, error_of
 from PIL import Image
 
 import train
-from ocrnet.checkpoint import load_checkpoint, save_checkpoint
+from ocrnet.checkpoint import load_checkpoint, load_model, save_checkpoint
+from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS
+from ocrnet.data.datasets import EvalDataset
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.device import Accelerator
 from ocrnet.errors import InputError
+from ocrnet.inference import forward_image
+from ocrnet.losses import ocr_loss
 from ocrnet.models import build_model
 from ocrnet.schedule import poly_lr
 
@@ -197,6 +202,17 @@ def test_training_starts_from_the_weights_and_ends_with_the_score_and_the_files(
         assert torch.equal(first["model"][name], last["model"][name])
     printed = capsys.readouterr().out.splitlines()[-1]
     assert f"{last['best']:.2%}" in printed and all(path.name in printed for path in tmp_path.iterdir())
+
+
+def test_the_loss_of_validation_is_that_of_whole_images(trained, data):
+    model, _ = load_model(trained / "last.pt")
+    losses = []
+    for image, label in EvalDataset(find_samples(data, "val")):
+        with torch.inference_mode():
+            losses.append(ocr_loss(forward_image(model, image[None], Accelerator("cpu")), label[None].long())[0].item())
+    last = entries(trained / "log.jsonl", "val")[-1]
+    assert last["loss"] == pytest.approx(sum(losses) / 5, rel=1e-6) and last["images_per_s"] > 0
+    assert last["loss"] == pytest.approx(last["loss_final"] + 0.4 * last["loss_aux"])
 
 
 def test_flags_override_the_demo_which_generates_its_data(main, tmp_path, monkeypatch, capsys):

@@ -45,9 +45,9 @@ def keep_labels() -> None:
         OCRHead.label = label[None]
         return image, label
 
-    def evaluate_in_process(model, dataset, num_classes, accelerator, segment, workers=0, instance_iou=None):
+    def evaluate_in_process(model, dataset, num_classes, accelerator, segment, workers=0, *args, **keywords):
         # without workers an image is read in this process, right before its prediction
-        return evaluate(model, dataset, num_classes, accelerator, segment, 0, instance_iou)
+        return evaluate(model, dataset, num_classes, accelerator, segment, 0, *args, **keywords)
 
     train_script.to_device = to_device_keeping_label
     EvalDataset.__getitem__ = get_item_keeping_label

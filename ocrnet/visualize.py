@@ -100,14 +100,15 @@ def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: C
 
 def save_legend(path: Path, image: np.ndarray, pixels: Sequence[int], table: ClassTable) -> None:
     """An image, and beside it the classes that it has, with their shares of its ``pixels`` (K,)."""
-    shares = np.asarray(pixels) / max(sum(pixels), 1)
+    pixels = np.asarray(pixels)
+    shares = pixels / max(pixels.sum(), 1)
     height, width = image.shape[:2]
     fig, axis = plt.subplots(figsize=(10, 10 * height / width), layout="constrained")
     axis.imshow(image)
     axis.set_axis_off()
     patches = [
         Patch(color=table.palette[k] / 255, label=f"{table.names[k]}  {shares[k]:.1%}")
-        for k in np.argsort(-shares, kind="stable")
+        for k in np.argsort(-shares)
         if shares[k] > 0
     ]
     fig.legend(handles=patches, loc="outside right upper", frameon=False)

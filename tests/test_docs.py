@@ -24,12 +24,12 @@ READMES = [
 ]
 WITH_EXAMPLES = {
     "ocrnet.data.classes", "ocrnet.data.datasets", "ocrnet.metrics", "ocrnet.models.ocr", "ocrnet.schedule",
-    "ocrnet.visualize",
+    "ocrnet.logs",
 }  # fmt: skip
-# of torchrun, pip, find and pytest
+# of torchrun, pip, find, pytest and git
 OTHER_FLAGS = {
-    "--max-restarts", "--master-addr", "--master-port", "--nnodes", "--node-rank", "--nproc_per_node", "--rdzv-backend",
-    "--rdzv-conf", "--rdzv-endpoint",
+    "--depth", "--max-restarts", "--master-addr", "--master-port", "--nnodes", "--node-rank", "--nproc_per_node",
+    "--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from ocrnet.checkpoint import restore_model
 from ocrnet.data.cityscapes import check_samples, find_samples, write_missing_train_ids
-from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, read_classes
+from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, balanced_weights, read_classes
 from ocrnet.data.datasets import Data, EvalDataset, InfiniteSampler, TrainDataset
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import preprocess
@@ -73,7 +73,7 @@ def parse_args() -> Namespace:
     group.add_argument("--scale-step", type=float, default=0, metavar="X", help="MIN, MIN + X, ...; 0: any scale")
     group.add_argument("--cat-max-ratio", type=float, default=0.75, metavar="R", help="of a class in a crop; 1: any")
     group.add_argument("--color-jitter", action=BooleanOptionalAction, default=True, help="photometric distortion")
-    group.add_argument("--class-weights", action="store_true", help="the authors' class weights for Cityscapes")
+    group.add_argument("--class-weights", nargs="?", const="authors", choices=["authors", "auto"], help="auto: by pixels")
     group.add_argument("--avg-non-ignore", action="store_true", help="divide the loss by the pixels not ignored")
     group.add_argument("--ohem", choices=OHEM, help="only hard pixels in the final loss, chosen as there")
     group.add_argument("--head-init", choices=HEAD_INITS, default="mmsegmentation", help="authors: PyTorch's default")
@@ -118,15 +118,32 @@ def build_data(args: Namespace, accelerator: Accelerator) -> Data:
         write_missing_train_ids(args.data_path)
     accelerator.barrier()
     table = read_classes(args.data_path)
-    if args.class_weights and table.names != CITYSCAPES.names:
-        raise InputError(f"--class-weights: expected Cityscapes' classes, found others in {args.data_path}")
+    if args.class_weights == "authors" and table.names != CITYSCAPES.names:
+        raise InputError(f"--class-weights: expected auto, or Cityscapes' classes, found others in {args.data_path}")
     train, val = find_samples(args.data_path, "train"), find_samples(args.data_path, "val")
-    check_samples((train + val)[accelerator.rank :: accelerator.world_size], len(table), quiet=not accelerator.is_main)
+    shard = (train + val)[accelerator.rank :: accelerator.world_size]
+    counts = check_samples(shard, len(table), quiet=not accelerator.is_main)
     accelerator.barrier()
+    class_weights = build_class_weights(args, table, counts[: len(set(shard) & set(train))], accelerator)
     train_set = TrainDataset(
         train, args.crop_size, args.seed, args.scale_range, args.color_jitter, args.cat_max_ratio, args.scale_step
     )
-    return Data(table, train_set, EvalDataset(val))
+    return Data(table, train_set, EvalDataset(val), class_weights)
+
+
+def build_class_weights(
+    args: Namespace, table: ClassTable, counts: Sequence[Sequence[int]], accelerator: Accelerator
+) -> Tensor | None:
+    """The weights in the loss, (K,) on the device. ``counts``: pixels (K + 1,) of each training image of this rank."""
+    if args.class_weights is None:
+        return None
+    weights = CLASS_WEIGHTS
+    if args.class_weights == "auto":
+        pixels = torch.zeros(len(table) + 1, dtype=torch.int64)  # the last is that of ignored pixels
+        for count in counts:
+            pixels += torch.as_tensor(count)
+        weights = balanced_weights(sum_over_processes(pixels, accelerator.device)[:-1].tolist())
+    return torch.tensor(weights, device=accelerator.device)
 
 
 def build_state(args: Namespace, num_classes: int, checkpoint: dict | None, accelerator: Accelerator) -> RunState:
@@ -172,13 +189,8 @@ def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor
     return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 
 
-def class_weights_of(args: Namespace, accelerator: Accelerator) -> Tensor | None:
-    """The weights of the classes in the loss, (K,) on the device."""
-    return torch.tensor(CLASS_WEIGHTS, device=accelerator.device) if args.class_weights else None
-
-
 def train_step(
-    args: Namespace, state: RunState, model: nn.Module, batches: Iterator, accelerator: Accelerator
+    args: Namespace, state: RunState, model: nn.Module, data: Data, batches: Iterator, accelerator: Accelerator
 ) -> tuple[Tensor, float]:
     """One optimizer step over ``accum_steps`` batches.
 
@@ -186,7 +198,6 @@ def train_step(
         (loss, final loss, auxiliary loss), the mean of the batches, (3,) on the device; and seconds waited for data.
     """
     losses, waited = torch.zeros(3, device=accelerator.device), 0.0
-    class_weights = class_weights_of(args, accelerator)
     for micro_step in range(args.accum_steps):
         since = time.perf_counter()
         batch = next(batches)
@@ -195,7 +206,7 @@ def train_step(
         model.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP: average gradients once per step
         with accelerator.autocast():
             outputs = model(image)  # logits, region_logits, (B, K, H, W) each
-        loss, parts = ocr_loss(outputs, label, class_weights, args.ohem, args.avg_non_ignore)
+        loss, parts = ocr_loss(outputs, label, data.class_weights, args.ohem, args.avg_non_ignore)
         del outputs  # the largest tensors; the backward pass does not need them
         state.scaler.scale(loss / args.accum_steps).backward()
         losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
@@ -210,7 +221,7 @@ def validate(args: Namespace, state: RunState, data: Data, accelerator: Accelera
     losses = torch.zeros(3, dtype=torch.float64)  # loss, final loss, auxiliary loss: sums over this process's images
 
     def add_loss(outputs: Sequence[Tensor], label: Tensor) -> None:
-        loss, parts = ocr_loss(outputs, label, class_weights_of(args, accelerator), args.ohem, args.avg_non_ignore)
+        loss, parts = ocr_loss(outputs, label, data.class_weights, args.ohem, args.avg_non_ignore)
         losses.add_(torch.cat([loss[None], parts]).cpu())
 
     since = time.perf_counter()
@@ -263,7 +274,7 @@ def train(
         lr = poly_lr(args.lr, state.iteration, args.max_iters, args.min_lr)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        losses, waited = train_step(args, state, model, batches, accelerator)
+        losses, waited = train_step(args, state, model, data, batches, accelerator)
         progress.update(losses, waited)
         state.iteration += 1
 

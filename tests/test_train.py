@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, entries, error_of
@@ -307,6 +308,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(main, data, 
         main("train.py", *TINY_RUN, *flags)
     assert not list(tmp_path.glob("*.pt"))
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in entries(tmp_path / "log.jsonl"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_automatic_class_weights_follow_the_pixels_of_train(data, ranks, monkeypatch):
+    table, train_set, labels = CITYSCAPES, find_samples(data, "train"), []
+    accelerator = Accelerator("cpu")
+    accelerator.world_size, parts = ranks, []
+    monkeypatch.setattr(train, "sum_over_processes", lambda x, device: parts.append(x) or sum(parts))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--class-weights", "auto", "--data-path", str(data)])
+    args = train.parse_args()
+    for accelerator.rank in range(ranks):
+        found = train.build_data(args, accelerator).class_weights
+    for sample in train_set:
+        labels.append(np.asarray(Image.open(sample.label)).ravel())
+    share = np.bincount(np.concatenate(labels), minlength=256)[:19] / sum((label < 255).sum() for label in labels)
+    expected = 1 / np.log(1.02 + share)
+    assert len(table) == len(found) and found.tolist() == pytest.approx(expected / (share * expected).sum(), rel=1e-5)
 
 
 def test_class_weights_are_for_the_classes_of_cityscapes_only(main, tmp_path):

@@ -191,6 +191,20 @@ CITYSCAPES = ClassTable(
     ]
 )
 
+
+def balanced_weights(pixels: Sequence[int]) -> list[float]:
+    """Class weights from the pixels of each class in the training set: 1 / ln(1.02 + share), as in ENet.
+
+    Scaled so that a pixel has weight 1 on average. Paper: https://arxiv.org/abs/1606.02147, section 5.2.
+
+    >>> [round(weight, 2) for weight in balanced_weights([900, 90, 10])]
+    [0.59, 3.71, 13.11]
+    """
+    share = np.asarray(pixels, np.float64) / max(sum(pixels), 1)
+    weights = 1 / np.log(1.02 + share)
+    return (weights / max((share * weights).sum(), 1e-12)).tolist()
+
+
 # Cityscapes' class weights in the loss of the authors' HRNet-OCR.
 CLASS_WEIGHTS = [
     0.8373, 0.9180, 0.8660, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,

@@ -89,6 +89,7 @@ class Data(NamedTuple):
     table: ClassTable
     train: TrainDataset
     val: EvalDataset
+    class_weights: Tensor | None = None  # in the loss: (K,) on the device
 
 
 class InfiniteSampler(Sampler):

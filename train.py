@@ -73,7 +73,7 @@ def parse_args() -> Namespace:
     group.add_argument("--scale-step", type=float, default=0, metavar="X", help="MIN, MIN + X, ...; 0: any scale")
     group.add_argument("--cat-max-ratio", type=float, default=0.75, metavar="R", help="of a class in a crop; 1: any")
     group.add_argument("--color-jitter", action=BooleanOptionalAction, default=True, help="photometric distortion")
-    group.add_argument("--class-weights", nargs="?", const="authors", choices=["authors", "auto"], help="auto: by pixels")
+    group.add_argument("--class-weights", nargs="?", const="authors", choices=["authors", "auto"], help="in the loss")
     group.add_argument("--avg-non-ignore", action="store_true", help="divide the loss by the pixels not ignored")
     group.add_argument("--ohem", choices=OHEM, help="only hard pixels in the final loss, chosen as there")
     group.add_argument("--head-init", choices=HEAD_INITS, default="mmsegmentation", help="authors: PyTorch's default")

@@ -51,7 +51,7 @@ def print_comparison(first: Log, second: Log) -> bool:
     """
     found = compare_losses(first, second)
     passes = found.relative <= MAX_RELATIVE or found.absolute <= MAX_ABSOLUTE
-    print(f"final loss: {first.name} {found.final[0]:.4f}, {second.name} {found.final[1]:.4f}")
+    print(f"final loss, smoothed: {first.name} {found.final[0]:.4f}, {second.name} {found.final[1]:.4f}")
     print(f"mean relative error {found.relative:.2%} (signed {found.signed:+.2%}), at most {MAX_RELATIVE:.0%}")
     print(f"or mean absolute error {found.absolute:.5f}, at most {MAX_ABSOLUTE}: {'pass' if passes else 'fail'}")
     return passes

@@ -18,6 +18,7 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -124,7 +125,8 @@ def build_data(args: Namespace, accelerator: Accelerator) -> Data:
     shard = (train + val)[accelerator.rank :: accelerator.world_size]
     counts = check_samples(shard, len(table), quiet=not accelerator.is_main)
     accelerator.barrier()
-    class_weights = build_class_weights(args, table, counts[: len(set(shard) & set(train))], accelerator)
+    of_train = len(train[accelerator.rank :: accelerator.world_size])  # these come first in the shard
+    class_weights = build_class_weights(args, table, counts[:of_train], accelerator)
     train_set = TrainDataset(
         train, args.crop_size, args.seed, args.scale_range, args.color_jitter, args.cat_max_ratio, args.scale_step
     )
@@ -132,17 +134,19 @@ def build_data(args: Namespace, accelerator: Accelerator) -> Data:
 
 
 def build_class_weights(
-    args: Namespace, table: ClassTable, counts: Sequence[Sequence[int]], accelerator: Accelerator
+    args: Namespace, table: ClassTable, counts: np.ndarray, accelerator: Accelerator
 ) -> Tensor | None:
-    """The weights in the loss, (K,) on the device. ``counts``: pixels (K + 1,) of each training image of this rank."""
+    """The weights in the loss, (K,) on the device. None without --class-weights.
+
+    Args:
+        counts: pixels per class, the ignored ones last, of this rank's training images, (N, K + 1).
+    """
     if args.class_weights is None:
         return None
     weights = CLASS_WEIGHTS
     if args.class_weights == "auto":
-        pixels = torch.zeros(len(table) + 1, dtype=torch.int64)  # the last is that of ignored pixels
-        for count in counts:
-            pixels += torch.as_tensor(count)
-        weights = balanced_weights(sum_over_processes(pixels, accelerator.device)[:-1].tolist())
+        pixels = torch.from_numpy(counts.reshape(-1, len(table) + 1)[:, :-1].astype(np.int64)).sum(0)  # also for N = 0
+        weights = balanced_weights(sum_over_processes(pixels, accelerator.device).tolist())
     return torch.tensor(weights, device=accelerator.device)
 
 

@@ -114,7 +114,7 @@ def find_weights(name: str, accelerator: Accelerator, model: str | None = None) 
         InputError: there is no such file or name; and as ``fetch``.
     """
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if path.is_file() or path.suffix or len(path.parts) > 1:
         return path
     url = url_of(name, model)
     if accelerator.local_rank == 0:

@@ -84,7 +84,7 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 class Comparison(NamedTuple):
     """Two smoothed loss curves at the iterations that both cover."""
 
-    final: tuple[float, float]  # the last loss of each
+    final: tuple[float, float]  # the last smoothed loss of each
     relative: float  # mean of |first - second| / second
     absolute: float  # mean of |first - second|
     signed: float  # mean of (first - second) / second
@@ -115,4 +115,5 @@ def compare_losses(first: Log, second: Log) -> Comparison:
 
 
 def smoothing_window(values: Sequence[float]) -> int:
+    """The entries that a drawn curve is a mean of: a fifteenth of the log."""
     return len(values) // 15 + 1

@@ -81,6 +81,11 @@ def test_frames_of_an_animation_and_of_other_files(tmp_path):
     assert colors == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     assert [count_frames(tmp_path / name) for name in ("a.gif", "b.jpg", "c.png", "absent.png")] == [3, 1, 1, 1]
     assert len(list(read_frames(tmp_path / "b.jpg"))) == 1
+    noise = [Image.effect_noise((40, 30), sigma) for sigma in (20, 40, 60)]
+    noise[0].save(tmp_path / "d.png", save_all=True, append_images=noise[1:])
+    (tmp_path / "d.png").write_bytes((tmp_path / "d.png").read_bytes()[:-900])
+    with pytest.raises(InputError, match=f"^{tmp_path / 'd.png'}: frame 2 "):
+        list(read_frames(tmp_path / "d.png"))
 
 
 def test_label_is_one_channel_of_eight_bits(tmp_path):

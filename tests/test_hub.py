@@ -1,6 +1,7 @@
 """Weights by name, from a local server in the place of the real ones: ocrnet/hub.py."""
 
 import hashlib
+import re
 import threading
 import types
 from functools import partial
@@ -111,6 +112,8 @@ def test_one_process_of_a_host_downloads(server):
 
 
 def test_names_and_the_backbone_of_imagenet():
+    urls = [*map(url_of, hub.MODELS), *(url_of("imagenet", model) for model in hub.IMAGENET)]
+    assert all(re.search(r"-[0-9a-f]{8}\.pth$", url) for url in urls) and len(set(urls)) == len(urls)  # have a hash
     assert url_of("hr48-160k") == (
         "https://download.openmmlab.com/mmsegmentation/v0.5/ocrnet/ocrnet_hr48_512x1024_160k_cityscapes/"
         "ocrnet_hr48_512x1024_160k_cityscapes_20200602_191037-dfbf1b0c.pth"

@@ -50,8 +50,12 @@ def read_frames(path: Path) -> Iterator[Image.Image]:
     """The frames of an animated GIF, PNG or WebP, or the image of another file. As ``read_image``."""
     image = decode(path)
     for i in range(count_frames(path)):
-        image.seek(i)
-        yield to_rgb(image)
+        try:
+            image.seek(i)
+            frame = to_rgb(image)
+        except Exception as error:  # damaged bytes raise many types
+            raise InputError(f"{path}: frame {i} cannot be read ({error})") from None
+        yield frame
 
 
 def count_frames(path: Path) -> int:

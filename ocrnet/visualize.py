@@ -112,7 +112,7 @@ def save_legend(path: Path, image: np.ndarray, pixels: Sequence[int], table: Cla
         if shares[k] > 0
     ]
     fig.legend(handles=patches, loc="outside right upper", frameon=False)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(fig)
 
 

@@ -1,6 +1,7 @@
-"""Prepare Cityscapes: unpack the zips, write the train ids, print counts.
+"""Prepare Cityscapes or your own data: unpack the zips, write the train ids, print counts.
 
     python prepare_cityscapes.py                        zips, or leftImg8bit and gtFine, are in data/cityscapes
+    python prepare_cityscapes.py --data-path data/own   images, labels and classes.json are in data/own
     python prepare_cityscapes.py --zips ~/Downloads     the zips are elsewhere
     python prepare_cityscapes.py --pack                 also write packed copies of train, which load faster
     python prepare_cityscapes.py --synthetic            write the generated data set instead
@@ -17,10 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ocrnet.data.cityscapes import check_samples, find_samples, has_labels, write_missing_train_ids
 from ocrnet.data.classes import read_classes
+from ocrnet.data.layout import find_images, find_layout, find_samples, has_labels
 from ocrnet.data.packed import pack_samples, packed_path
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.data.train_ids import check_samples, write_missing_train_ids
 from ocrnet.errors import InputError
 from ocrnet.files import atomic_write, remove_partial_files
 from ocrnet.script import make_parser, run_script
@@ -80,10 +82,9 @@ def unpack(archive_path: Path, root: Path) -> None:
 def print_summary(root: Path) -> None:
     """Images per split, and each class's share of the labeled pixels."""
     table, shares = read_classes(root), {}
-    for split in sorted(path.name for path in (root / "leftImg8bit").iterdir() if path.is_dir()):
-        if not has_labels(split, table):
-            images = len(list((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")))
-            print(f"{split}: {images} images, whose labels are not public")
+    for split in sorted(path.name for path in (root / find_layout(root).images).iterdir() if path.is_dir()):
+        if not has_labels(root, split, table):
+            print(f"{split}: {len(find_images(root, split))} images without public labels")
             continue
         samples = find_samples(root, split)
         counts = check_samples(samples, len(table)).sum(0)
@@ -107,12 +108,14 @@ def main() -> None:
         )
     for archive in archives:
         unpack(archive, root)
-    if not (root / "leftImg8bit").is_dir():
+    layout = find_layout(root)
+    if not (root / layout.images).is_dir():
         raise InputError(
-            f"--data-path {root}: expected a folder leftImg8bit, or leftImg8bit_trainvaltest.zip and "
+            f"--data-path {root}: expected a folder leftImg8bit or images, or leftImg8bit_trainvaltest.zip and "
             f"gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com; or use --synthetic"
         )
-    remove_partial_files(path for folder in ("leftImg8bit", "gtFine") for path in (root / folder).rglob("*.part*"))
+    folders = (layout.images, layout.label[0])
+    remove_partial_files(path for folder in folders for path in (root / folder).rglob("*.part*"))
     write_missing_train_ids(root, args.workers)
     print_summary(root)
     if args.pack:

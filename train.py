@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ocrnet.checkpoint import restore_model
-from ocrnet.data.cityscapes import check_samples, find_samples, write_missing_train_ids
 from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, balanced_weights, read_classes
 from ocrnet.data.datasets import Data, EvalDataset, InfiniteSampler, TrainDataset
+from ocrnet.data.layout import find_samples
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.data.train_ids import check_samples, write_missing_train_ids
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.errors import InputError

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data.cityscapes import Sample, check_samples, find_images, find_samples, has_labels
 from .data.classes import ClassTable, read_classes
 from .data.datasets import EvalDataset
 from .data.images import read_label, to_tensor
+from .data.layout import CITYSCAPES_LAYOUT, Sample, find_images, find_layout, find_samples, has_labels
+from .data.train_ids import check_samples
 from .device import Accelerator
 from .errors import InputError
 from .inference import Segment, forward_image, rank_shard, save_png, segment_file
@@ -99,9 +100,9 @@ def evaluate_split(
             f"--data-path {root}: expected the classes of the checkpoint, {', '.join(table.names)}, "
             f"found {', '.join(own.names)}"
         )
-    if not has_labels(split, own):
+    if not has_labels(root, split, own):
         raise InputError(
-            f"--split {split}: its labels are not public: write PNGs for the test server with --export DIR"
+            f"--split {split}: has no public labels: write PNGs, as the test server takes them, with --export DIR"
         )
     samples = find_samples(root, split)
     train = find_samples(root, "train") if baseline else []
@@ -125,12 +126,18 @@ def export_split(
     accelerator: Accelerator,
     segment: Segment,
 ) -> None:
-    """Write the label ids of each image under its name to ``folder``, as the test server takes them."""
-    images = find_images(root, split)
+    """Write the label ids of each image to ``folder``.
+
+    Cityscapes' under the name of the image, as its test server takes them; of the plain layout with their folders.
+    """
+    images, layout = find_images(root, split), find_layout(root)
     label_ids = np.array(table.ids, np.uint8)  # (K,) train id -> label id
     folder.mkdir(parents=True, exist_ok=True)
     for path in rank_shard(images, accelerator, "exporting"):
-        save_png(label_ids[segment_file(model, path, segment)[1]], folder / path.name)
+        inside = path.relative_to(root / layout.images / split).with_suffix(".png")
+        target = folder / (path.name if layout is CITYSCAPES_LAYOUT else inside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_png(label_ids[segment_file(model, path, segment)[1]], target)
     accelerator.print0(f"{len(images)} images of label ids in {folder}")
 
 

@@ -12,9 +12,10 @@ import torch
 from matplotlib.colors import LogNorm
 from torch import Tensor, nn
 
-from .data.cityscapes import Sample, class_counts, label_path
 from .data.classes import IGNORE_INDEX, ClassTable, read_classes
 from .data.images import read_image, read_label, to_tensor
+from .data.layout import find_sample
+from .data.train_ids import class_counts
 from .device import Accelerator
 from .errors import InputError
 from .inference import forward_image, list_images, rank_shard
@@ -80,12 +81,10 @@ def explain_images(
 
 def find_label(path: Path, table: ClassTable) -> np.ndarray | None:
     """The checked label (H, W) of an image in a data set with these classes. None for other images."""
-    image = path.resolve()
-    if not image.name.endswith("_leftImg8bit.png") or len(image.parents) < 4 or not label_path(image).exists():
+    found = find_sample(path)
+    if found is None or read_classes(found[1]).names != table.names:
         return None
-    if read_classes(image.parents[3]).names != table.names:
-        return None
-    sample = Sample(image, label_path(image))
+    sample = found[0]
     class_counts(sample, len(table))
     return np.asarray(read_label(sample.label))
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.cityscapes import Sample
 from .data.classes import CITYSCAPES, IGNORE_INDEX, ClassTable
 from .data.datasets import EvalDataset
 from .data.images import decode
+from .data.layout import Sample
 from .metrics import ConfusionMatrix, sum_over_processes
 
 # Pixels of the average instance in the training set (cityscapesScripts, evalPixelLevelSemanticLabeling).
@@ -50,8 +50,10 @@ class InstanceDataset(EvalDataset):
 
 
 def has_instances(samples: Sequence[Sample], table: ClassTable) -> bool:
-    """Whether iIoU is defined: the classes are Cityscapes', and all instances are there."""
-    return table.names == CITYSCAPES.names and all(instance_path(sample).exists() for sample in samples)
+    """Whether iIoU is defined: classes and files are Cityscapes', and all instances are there."""
+    return table.names == CITYSCAPES.names and all(
+        instance_path(sample) != sample.label and instance_path(sample).exists() for sample in samples
+    )
 
 
 class InstanceIoU:

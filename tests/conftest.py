@@ -30,8 +30,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ocrnet import visualize
-from ocrnet.data.cityscapes import write_missing_train_ids
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.data.train_ids import write_missing_train_ids
 from ocrnet.device import DEVICES
 from ocrnet.models import BACKBONES, HRNet
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset
 from ocrnet.data.images import count_frames, read_frames, read_image, read_label, to_tensor
+from ocrnet.data.layout import find_samples
 from ocrnet.data.packed import is_packed, pack_samples, packed_path
 from ocrnet.data.transforms import NO_CHANGE
 from ocrnet.errors import InputError

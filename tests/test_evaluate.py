@@ -14,9 +14,9 @@ from PIL import Image
 import evaluate
 import train
 from ocrnet.checkpoint import load_model
-from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.classes import CITYSCAPES
 from ocrnet.data.images import read_image, to_tensor
+from ocrnet.data.layout import find_samples
 from ocrnet.device import Accelerator
 from ocrnet.errors import InputError
 from ocrnet.inference import overlay, predict

@@ -71,7 +71,7 @@ print([torch.equal(y[:, 1, 0], y[:, 1, 1]), torch.equal(y[:, 0, 0], y[:, 0, 1])]
 def test_each_image_is_evaluated_with_its_own_label(data):
     code = f"""
 from pathlib import Path
-from ocrnet.data.cityscapes import find_samples
+from ocrnet.data.layout import find_samples
 from ocrnet.data.datasets import EvalDataset
 from ocrnet.device import Accelerator
 from ocrnet.evaluation import evaluate

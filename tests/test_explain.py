@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ocrnet.data.cityscapes import find_images, label_path
 from ocrnet.data.classes import CITYSCAPES
+from ocrnet.data.layout import find_images, find_sample
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
 from ocrnet.errors import InputError
@@ -134,11 +134,11 @@ def test_corrected_pixels_are_green_and_broken_ones_red():
 
 def test_label_is_found_for_images_of_the_data_set_only(data, tmp_path):
     image = find_images(data, "val")[0]
-    assert np.array_equal(find_label(image, CITYSCAPES), Image.open(label_path(image)))
+    assert np.array_equal(find_label(image, CITYSCAPES), Image.open(find_sample(image)[0].label))
     assert find_label(tmp_path / "street.jpg", CITYSCAPES) is None
     shutil.copytree(data, tmp_path / "data")
     image = tmp_path / "data" / image.relative_to(data)
-    label_path(image).unlink()
+    find_sample(image)[0].label.unlink()
     assert find_label(image, CITYSCAPES) is None
 
 
@@ -155,7 +155,7 @@ def test_label_of_another_size_is_named(data, tmp_path):
     Image.new("RGB", (20, 10)).save(image)
     with pytest.raises(InputError) as error:
         find_label(image, CITYSCAPES)
-    assert str(label_path(image)) in str(error.value)
+    assert str(find_sample(image)[0].label) in str(error.value)
 
 
 def test_pixel_outside_of_the_image_is_refused(cpu, model, data, tmp_path):

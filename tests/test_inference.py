@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.classes import CITYSCAPES
 from ocrnet.data.datasets import EvalDataset
+from ocrnet.data.layout import find_samples
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
 from ocrnet.errors import InputError

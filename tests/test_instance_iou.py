@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ocrnet.data.cityscapes import Sample, find_samples
 from ocrnet.data.classes import CITYSCAPES, ClassTable
+from ocrnet.data.layout import Sample, find_samples
 from ocrnet.device import Accelerator
 from ocrnet.evaluation import evaluate
 from ocrnet.instance_iou import (

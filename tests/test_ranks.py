@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.datasets import InfiniteSampler, TrainDataset
+from ocrnet.data.layout import find_samples
 from ocrnet.data.transforms import preprocess
 from ocrnet.losses import ocr_loss
 from ocrnet.metrics import sum_over_processes

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 
-from ocrnet.data.cityscapes import check_samples, find_samples, train_ids_from_polygons
 from ocrnet.data.classes import CITYSCAPES
+from ocrnet.data.layout import find_samples
 from ocrnet.data.synthetic import street, write_dataset
+from ocrnet.data.train_ids import check_samples, train_ids_from_polygons
 
 
 def test_streets_are_determined_by_their_seed():

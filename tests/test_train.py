@@ -14,9 +14,9 @@ from PIL import Image
 
 import train
 from ocrnet.checkpoint import load_checkpoint, load_model, save_checkpoint
-from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS
 from ocrnet.data.datasets import EvalDataset
+from ocrnet.data.layout import find_samples
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.device import Accelerator
 from ocrnet.errors import InputError

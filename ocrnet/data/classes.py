@@ -10,7 +10,7 @@ To train on other classes, write ROOT/classes.json; no code changes. It is a lis
     ]
 
     name       its name in _polygons.json
-    id         its value in _labelIds.png, 0 .. 254; -1 for labels that have none and are not drawn (license plates)
+    id         its value in the label, 0 .. 255; -1 for labels that have none and are not drawn (license plates)
     train_id   the class that the network learns, 0 .. K-1, or 255 for ignored pixels. Labels with the same train_id are
                one class, with name, id, color and category of the first
     color      red, green, blue, 0 .. 255
@@ -94,8 +94,8 @@ class ClassTable:
             strings = isinstance(label.name, str) and isinstance(label.category, str)
             if not (strings and len(numbers) == 5 and all(type(x) is int for x in numbers)):
                 raise InputError(f"{found}: {form}")
-            if not (-1 <= label.id < 255 and 0 <= min(numbers[1:]) <= max(numbers[1:]) < 256):
-                raise InputError(f"{found}: expected an id of -1 .. 254, and train_id and color of 0 .. 255")
+            if not (-1 <= label.id < 256 and 0 <= min(numbers[1:]) <= max(numbers[1:]) < 256):
+                raise InputError(f"{found}: expected an id of -1 .. 255, and train_id and color of 0 .. 255")
             if label.id < 0 and label.train_id != IGNORE_INDEX:
                 raise InputError(f"{found}: expected train_id {IGNORE_INDEX} where the id is -1")
             same = [other for other in labels if other.name == label.name or other.id == label.id >= 0]

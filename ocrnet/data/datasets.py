@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .cityscapes import Sample
 from .classes import ClassTable
 from .images import read_image, read_label, to_tensor
+from .layout import Sample
 from .packed import read_pixels
 from .transforms import NO_CHANGE, crop_image, sample_crop, sample_photometric
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import InputError
@@ -39,6 +39,20 @@ def decode(path: Path, rows: int | None = None) -> Image.Image:
     except Exception as error:  # damaged bytes raise many types; PIL also refuses gigantic images
         raise InputError(f"{path}: expected an image, found another or a damaged file ({error})") from None
     return image
+
+
+def read_header(path: Path) -> tuple[str, tuple[int, int]]:
+    """PIL's mode and the size (W, H) of an image, upright as ``read_image`` returns it, without decoding it.
+
+    Raises:
+        InputError: the file is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            rotated = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.mode, image.size[::-1] if rotated else image.size
+    except Exception:  # damaged bytes raise many types
+        raise InputError(f"{path}: expected an image, found another or a damaged file") from None
 
 
 def read_image(path: Path, rows: int | None = None) -> Image.Image:
@@ -76,15 +90,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_label(path: Path) -> Image.Image:
-    """Read a label: one channel of 8 bits. The indices of a palette image are the values.
+    """Read a label: one channel of 8 bits. The indices of a palette image and the bits of a 1-bit image are the values.
 
     Raises:
         InputError: the file has several channels or more bits; and as ``decode``.
     """
     image = decode(path)
-    if image.mode not in ("L", "P"):
+    if image.mode not in ("L", "P", "1"):
         raise InputError(f"{path}: expected a label with one 8-bit channel, found mode {image.mode}")
-    return image if image.mode == "L" else Image.fromarray(np.asarray(image))
+    return image if image.mode == "L" else Image.fromarray(np.asarray(image).astype(np.uint8))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

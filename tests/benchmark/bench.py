@@ -43,10 +43,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from mmsegmentation.peer import build_peer, load_config  # noqa: E402
 
 from ocrnet import device  # noqa: E402
-from ocrnet.data.cityscapes import find_samples, write_missing_train_ids  # noqa: E402
 from ocrnet.data.datasets import TrainDataset  # noqa: E402
+from ocrnet.data.layout import find_samples  # noqa: E402
 from ocrnet.data.packed import pack_samples  # noqa: E402
 from ocrnet.data.synthetic import street  # noqa: E402
+from ocrnet.data.train_ids import write_missing_train_ids  # noqa: E402
 from ocrnet.data.transforms import preprocess, sample_photometric  # noqa: E402
 from ocrnet.device import Accelerator  # noqa: E402
 from ocrnet.inference import segment  # noqa: E402

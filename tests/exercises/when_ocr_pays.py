@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from ablation import measure
 
 from ocrnet.checkpoint import load_model
-from ocrnet.data.cityscapes import find_samples
 from ocrnet.data.classes import IGNORE_INDEX
 from ocrnet.data.datasets import EvalDataset
+from ocrnet.data.layout import find_samples
 from ocrnet.device import Accelerator
 from ocrnet.explain import explain
 from ocrnet.visualize import plt

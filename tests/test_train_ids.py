@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ocrnet.data.cityscapes import (
+from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, read_classes
+from ocrnet.data.layout import find_images, find_samples
+from ocrnet.data.train_ids import (
     check_samples,
     class_counts,
-    find_images,
-    find_samples,
     train_ids_from_label_ids,
     train_ids_from_polygons,
     write_missing_train_ids,
 )
-from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, read_classes
 from ocrnet.errors import InputError
 
 IMAGE, LABEL = "leftImg8bit/train/a/a_0_0_leftImg8bit.png", "gtFine/train/a/a_0_0_gtFine_labelTrainIds.png"
@@ -92,7 +91,7 @@ def test_table_survives_a_checkpoint():
         [{**ROAD, "weight": 1}, HOUSE],
         [{**ROAD, "color": [1, 2]}, HOUSE],
         [{**ROAD, "color": [1, 2, 256]}, HOUSE],
-        [{**ROAD, "id": 255}, HOUSE],
+        [{**ROAD, "id": 256}, HOUSE],
         [ROAD, HOUSE, {**BONNET, "id": -2}],
         [{**ROAD, "id": -1}, HOUSE],
         [{**ROAD, "id": True}, HOUSE],

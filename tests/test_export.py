@@ -1,8 +1,9 @@
-"""torch.export: the README's example. Exporting also shows that the graph has no breaks."""
+"""torch.export: the README's example, which also shows that the graph has no breaks; TorchScript."""
 
 import os
 import subprocess
 import sys
+import warnings
 
 import torch
 
@@ -30,3 +31,15 @@ def test_an_exported_program_runs_at_other_sizes_without_this_repository(tmp_pat
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_traced_model_has_the_same_logits_at_other_sizes():
+    torch.manual_seed(0)
+    model = build_model("tiny", num_classes=5).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch 2.14 recommends torch.export instead
+        traced = torch.jit.trace(model, torch.randn(2, 3, 64, 96))
+        for shape in ((2, 3, 64, 96), (1, 3, 96, 160)):  # multiples of 32
+            image = torch.randn(shape)
+            for found, expected in zip(traced(image), model(image), strict=True):
+                assert torch.equal(found, expected)

@@ -94,6 +94,9 @@ def print_summary(root: Path) -> None:
     print(f"\n{'class':{width}}" + "".join(f"{split:>9}" for split in shares))
     for k, name in enumerate(table.names):
         print(f"{name:{width}}" + "".join(f"{share[k]:9.3%}" for share in shares.values()))
+    absent = [name for k, name in enumerate(table.names) if "train" in shares and not shares["train"][k]]
+    if absent:
+        print(f"\nNOTE: no training pixel is {', '.join(absent)}; labels of 255 are ignored unless a class has this id")
 
 
 def main() -> None:

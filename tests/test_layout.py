@@ -83,6 +83,16 @@ def test_prepare_counts_the_plain_layout_and_writes_only_what_is_missing(main, r
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
+def test_a_class_without_training_pixels_is_noted(main, root, capsys):
+    write_classes(root, [{**row, "id": 2} if row["id"] == 255 else row for row in ROWS])
+    (root / "labels/train/day/d.png").unlink()
+    (root / "images/train/day/d.png").unlink()
+    for name in ("day/1/a.png", "day/b.c.png"):
+        save(root / "labels/train" / name, np.zeros((2, 4)))
+    main("prepare_cityscapes.py", "--data-path", root, "--workers", 1)
+    assert re.search("^NOTE: .*crack", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_a_model_of_the_plain_layout_is_trained_scored_exported_and_explained(main, root, tmp_path, capsys):
     write_missing_train_ids(root, workers=1)
     flags = ["--data-path", root, "--device", "cpu", "--workers", 0]

@@ -6,7 +6,7 @@
     python prepare_cityscapes.py --pack                 also write packed copies of train, which load faster
     python prepare_cityscapes.py --synthetic            write the generated data set instead
 
-Only missing files are written, so the script can be interrupted and run again.
+Only missing or outdated files are written, so the script can be interrupted and run again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ocrnet.data.classes import read_classes
-from ocrnet.data.layout import find_images, find_layout, find_samples, has_labels
+from ocrnet.data.layout import PLAIN_LAYOUT, find_layout, find_samples, find_splits, has_labels, list_images
 from ocrnet.data.packed import pack_samples, packed_path
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.train_ids import check_samples, write_missing_train_ids
@@ -82,9 +82,9 @@ def unpack(archive_path: Path, root: Path) -> None:
 def print_summary(root: Path) -> None:
     """Images per split, and each class's share of the labeled pixels."""
     table, shares = read_classes(root), {}
-    for split in sorted(path.name for path in (root / find_layout(root).images).iterdir() if path.is_dir()):
+    for split in find_splits(root):
         if not has_labels(root, split, table):
-            print(f"{split}: {len(find_images(root, split))} images without public labels")
+            print(f"{split}: {len(list_images(root, split))} images without public labels")
             continue
         samples = find_samples(root, split)
         counts = check_samples(samples, len(table)).sum(0)
@@ -96,7 +96,7 @@ def print_summary(root: Path) -> None:
         print(f"{name:{width}}" + "".join(f"{share[k]:9.3%}" for share in shares.values()))
     absent = [name for k, name in enumerate(table.names) if "train" in shares and not shares["train"][k]]
     if absent:
-        print(f"\nNOTE: no training pixel is {', '.join(absent)}; labels of 255 are ignored unless a class has this id")
+        print(f"\nNOTE: no training pixel is {', '.join(absent)}. Are ids and colors those of the labels?")
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
     root, zips = args.data_path, args.zips or args.data_path
     if args.synthetic:
         write_dataset(root, workers=args.workers)
-    archives = sorted(zips.glob("*.zip"))
+    archives = sorted(zips.glob("*.zip")) if args.zips or find_layout(root) is not PLAIN_LAYOUT else []
     if args.zips and not archives:
         raise InputError(
             f"--zips {zips}: expected leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, found no zip"
@@ -117,8 +117,9 @@ def main() -> None:
             f"--data-path {root}: expected a folder leftImg8bit or images, or leftImg8bit_trainvaltest.zip and "
             f"gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com; or use --synthetic"
         )
-    folders = (layout.images, layout.label[0])
-    remove_partial_files(path for folder in folders for path in (root / folder).rglob("*.part*"))
+    remove_partial_files((root / layout.label[0]).rglob("*.part*"))
+    pattern = "*.npy.part*" if layout is PLAIN_LAYOUT else "*.part*"  # images may be the user's own files
+    remove_partial_files((root / layout.images).rglob(pattern))
     write_missing_train_ids(root, args.workers)
     print_summary(root)
     if args.pack:

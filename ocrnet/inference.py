@@ -129,7 +129,8 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path]
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = (file for file in path.iterdir() if not file.name.startswith("."))
+            inside = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
         if not path.exists() or not inside:
             raise InputError(f"--images {path}: expected a file, or a folder with {', '.join(IMAGE_SUFFIXES)}")
         for image in inside:

@@ -1,16 +1,23 @@
 """The plain layout: images, labels and classes.json, without renaming."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import ExifTags, Image
 
-from ocrnet.data.layout import find_images, find_sample, find_samples
+from ocrnet.data.classes import CITYSCAPES
+from ocrnet.data.layout import find_images, find_sample, find_samples, has_labels
+from ocrnet.data.packed import packed_path
 from ocrnet.data.train_ids import check_samples, train_ids_from_colors, write_missing_train_ids
 from ocrnet.errors import InputError
 
@@ -122,6 +129,43 @@ def test_a_rotated_image_is_compared_upright(root):
     assert check_samples(find_samples(root, "train")[:1], 2, quiet=True).tolist() == [[4, 4, 0]]
 
 
+def test_a_changed_label_is_converted_again(root):
+    write_missing_train_ids(root, workers=1)
+    annotation = save(root / "labels/train/a.png", np.zeros((2, 4)))
+    later = time.time() + 10
+    os.utime(annotation, (later, later))
+    write_missing_train_ids(root, workers=1)
+    assert np.asarray(Image.open(root / "train_ids/train/a.png")).tolist() == [[0] * 4] * 2
+
+
+def test_preparing_leaves_the_users_files(main, root):
+    archive, photos = root / "labels.zip", root / "images/photos.zip.part1"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("labels/train/a.png", b"an older label")
+    photos.write_bytes(b"part of the user's archive")
+    before = (root / "labels/train/a.png").read_bytes()
+    main("prepare_cityscapes.py", "--data-path", root, "--workers", 1)
+    assert (root / "labels/train/a.png").read_bytes() == before and photos.exists()
+
+
+def test_hidden_files_and_folders_are_no_images_and_a_test_split_may_be_empty(main, root, capsys):
+    for name in (".thumbnails/x.jpg", "train/.ipynb_checkpoints/a-checkpoint.jpg", "test/.keep"):
+        save(root / "images" / f"{name}.png", np.zeros((2, 4, 3)))
+    main("prepare_cityscapes.py", "--data-path", root, "--workers", 1)
+    counted = re.findall(r"^(\w+): (\d+) images", capsys.readouterr().out, re.MULTILINE)
+    assert counted == [("test", "0"), ("train", "4"), ("val", "1")]
+
+
+def test_cityscapes_names_in_the_plain_layout_have_labels_of_test(root):
+    assert not has_labels(root, "test", CITYSCAPES)
+    (root / "labels/test").mkdir()
+    assert has_labels(root, "test", CITYSCAPES)
+
+
+def test_packed_copies_of_other_formats_have_names_of_their_own():
+    assert packed_path(Path("a/b.png")) == Path("a/b.npy") and packed_path(Path("a/b.jpg")) == Path("a/b.jpg.npy")
+
+
 def test_cityscapes_folders_are_preferred(root):
     save(root / "leftImg8bit/train/x/x_leftImg8bit.png", np.zeros((2, 4, 3)))
     assert [image.name for image in find_images(root, "train")] == ["x_leftImg8bit.png"]
@@ -138,7 +182,16 @@ def test_missing_labels_and_classes_are_named(root):
     assert str(root / "images/train/day/d.png") in str(error.value)
     assert str(root / "labels/train/day/d.png") in str(error.value)
     (root / "classes.json").unlink()
-    with pytest.raises(InputError, match=f"^{root / 'classes.json'}: "):
+    for use in (write_missing_train_ids, lambda root: find_samples(root, "val")):
+        with pytest.raises(InputError, match=f"^{root / 'classes.json'}: "):
+            use(root)
+
+
+def test_images_outside_of_a_split_are_named(root):
+    for split in ("train", "val"):
+        shutil.rmtree(root / "images" / split)
+    save(root / "images/a.jpg", np.zeros((2, 4, 3)))
+    with pytest.raises(InputError, match=f"^{root / 'images'}: "):
         write_missing_train_ids(root, workers=1)
 
 

@@ -181,6 +181,8 @@ def test_unknown_label_id_is_named(tmp_path):
 
 def test_polygons_are_preferred_and_existing_train_ids_are_kept(tmp_path):
     folder = tmp_path / "gtFine/val/a"
+    for i in (0, 1):
+        save(tmp_path / f"leftImg8bit/val/a/a_{i}_0_leftImg8bit.png", np.zeros((1, 2, 3)))
     save(folder / "a_0_0_gtFine_labelIds.png", [[7, 7]])
     save(folder / "a_1_0_gtFine_labelIds.png", [[8, 8]])
     annotation = {"imgHeight": 1, "imgWidth": 2, "objects": [box("sky", 0, 0, 2, 1)]}
@@ -194,6 +196,7 @@ def test_polygons_are_preferred_and_existing_train_ids_are_kept(tmp_path):
 
 
 def test_train_ids_are_written_again_when_the_table_changes(tmp_path):
+    save(tmp_path / "leftImg8bit/val/a/a_0_0_leftImg8bit.png", np.zeros((1, 4, 3)))
     label_ids = save(tmp_path / "gtFine/val/a/a_0_0_gtFine_labelIds.png", [[3, 5, 4, 9]])
     train_ids = label_ids.with_name("a_0_0_gtFine_labelTrainIds.png")
     for table, expected in (

@@ -13,7 +13,7 @@ To train on other classes, write ROOT/classes.json; no code changes. It is a lis
     id         its value in the label, 0 .. 255; -1 for labels that have none and are not drawn (license plates)
     train_id   the class that the network learns, 0 .. K-1, or 255 for ignored pixels. Labels with the same train_id are
                one class, with name, id, color and category of the first
-    color      red, green, blue, 0 .. 255
+    color      red, green, blue, 0 .. 255: in predictions, and in RGB labels
     category   optional: a group of classes that is also scored as one. Default: the name
 
 Notation: K classes.

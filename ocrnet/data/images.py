@@ -4,6 +4,7 @@ Notation: H W an image's size.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,23 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import InputError
+
+ORIENTATION_TAGS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # of Image.info
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn what PIL raises into an InputError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: expected an image, found another or a damaged file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # damaged bytes raise many types; PIL also refuses gigantic images
+        raise InputError(f"{path}: expected an image, found another or a damaged file ({error})") from None
 
 
 def decode(path: Path, rows: int | None = None) -> Image.Image:
@@ -24,20 +42,12 @@ def decode(path: Path, rows: int | None = None) -> Image.Image:
     Raises:
         InputError: the file is not an image, or is truncated.
     """
-    try:
+    with named_errors(path):
         image = Image.open(path)
-        if rows and image.format == "PNG" and not image.info.keys() & {"interlace", "exif"}:
+        if rows and image.format == "PNG" and not image.info.keys() & {"interlace", *ORIENTATION_TAGS}:
             codec, (left, top, right, bottom), *rest = image.tile[0]
             image.tile = [(codec, (left, top, right, min(rows, bottom)), *rest)]
         image.load()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: expected an image, found another or a damaged file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # damaged bytes raise many types; PIL also refuses gigantic images
-        raise InputError(f"{path}: expected an image, found another or a damaged file ({error})") from None
     return image
 
 
@@ -47,12 +57,10 @@ def read_header(path: Path) -> tuple[str, tuple[int, int]]:
     Raises:
         InputError: the file is not an image.
     """
-    try:
-        with Image.open(path) as image:
-            rotated = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.mode, image.size[::-1] if rotated else image.size
-    except Exception:  # damaged bytes raise many types
-        raise InputError(f"{path}: expected an image, found another or a damaged file") from None
+    with named_errors(path), Image.open(path) as image:
+        tagged = image.info.keys() & ORIENTATION_TAGS  # else getexif would decode a PNG
+        turned = tagged and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.mode, image.size[::-1] if turned else image.size
 
 
 def read_image(path: Path, rows: int | None = None) -> Image.Image:

@@ -15,6 +15,7 @@ Plain:
     ROOT/classes.json                           the classes; optional in Cityscapes' layout
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -60,9 +61,11 @@ def find_layout(root: Path) -> Layout:
 def walk(folder: Path) -> Iterator[Path]:
     """The files below a folder, without hidden ones. Raises OSError for folders without permission, unlike rglob."""
     for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
         if path.is_dir():
             yield from walk(path)
-        elif not path.name.startswith("."):
+        else:
             yield path
 
 
@@ -82,51 +85,56 @@ def label_path(image: Path, root: Path, layout: Layout) -> Path:
     return replace_ending(image, root, ending, layout.label)
 
 
-def annotation_paths(label: Path, root: Path, layout: Layout) -> list[Path]:
-    """Where the annotation may be from which these train ids are made. The first that exists counts."""
-    return [replace_ending(label, root, layout.label[1], target) for target in layout.annotations]
+def find_annotation(label: Path, root: Path, layout: Layout) -> Path | None:
+    """The annotation from which these train ids are made. None if it does not exist."""
+    paths = (replace_ending(label, root, layout.label[1], target) for target in layout.annotations)
+    return next((path for path in paths if path.exists()), None)
 
 
-def find_labels(root: Path) -> list[Path]:
-    """The train ids of all annotations under ``root``, sorted, whether they exist or not."""
-    layout, labels = find_layout(root), set()
-    for folder, ending in layout.annotations:
-        files = walk(root / folder) if (root / folder).is_dir() else ()
-        labels |= {replace_ending(path, root, ending, layout.label) for path in files if path.name.endswith(ending)}
-    return sorted(labels)
+def classes_time(root: Path, layout: Layout) -> float:
+    """When classes.json was written, in seconds; 0 without one. Older train ids are outdated.
 
-
-def is_outdated(label: Path, root: Path, layout: Layout) -> bool:
-    """Whether train ids are older than the classes.json of their data set and can be made again."""
-    table = root / "classes.json"
-    return (
-        table.exists()
-        and label.stat().st_mtime < table.stat().st_mtime
-        and any(path.exists() for path in annotation_paths(label, root, layout))
-    )
+    Raises:
+        InputError: there is none in the plain layout.
+    """
+    path = root / "classes.json"
+    if path.exists():
+        return path.stat().st_mtime
+    if layout is PLAIN_LAYOUT:
+        raise InputError(f"{path}: expected the classes of this data set; see ocrnet/data/README.md")
+    return 0.0
 
 
 def has_labels(root: Path, split: str, table: ClassTable) -> bool:
     """Whether a split has labels. Those of Cityscapes' test split are dummies; another test split may have none."""
-    labels = root / find_layout(root).annotations[0][0] / split
-    return split != "test" or (table.names != CITYSCAPES.names and labels.is_dir())
+    layout = find_layout(root)
+    is_cityscapes = layout is CITYSCAPES_LAYOUT and table.names == CITYSCAPES.names
+    return split != "test" or ((root / layout.annotations[0][0] / split).is_dir() and not is_cityscapes)
 
 
-def find_images(root: Path, split: str) -> list[Path]:
-    """All images of a split, sorted.
+def find_splits(root: Path) -> list[str]:
+    """The names of the splits.
 
     Raises:
-        InputError: there are none, or two have the same label.
+        InputError: there are none.
     """
-    layout = find_layout(root)
+    folder = root / find_layout(root).images
+    paths = folder.iterdir() if folder.is_dir() else ()
+    splits = sorted(path.name for path in paths if path.is_dir() and not path.name.startswith("."))
+    if not splits:
+        raise InputError(f"{folder}: expected folders train and val, found none; see ocrnet/data/README.md")
+    return splits
+
+
+def list_images(root: Path, split: str) -> list[Path]:
+    """All images of a split, sorted. Empty if there are none.
+
+    Raises:
+        InputError: two have the same label.
+    """
+    layout, first = find_layout(root), {}  # label -> image
     folder = root / layout.images / split
     images = sorted(path for path in walk(folder) if is_image(path, layout)) if folder.is_dir() else []
-    if not images:
-        raise InputError(
-            f"{folder}: expected *{' or *'.join(layout.image_endings)}, found no images; see python "
-            f"prepare_cityscapes.py --help, or try the generated data (python train.py --demo)"
-        )
-    first = {}  # label -> image
     for image in images:
         label = label_path(image, root, layout)
         if first.setdefault(label, image) != image:
@@ -134,29 +142,65 @@ def find_images(root: Path, split: str) -> list[Path]:
     return images
 
 
+def find_images(root: Path, split: str) -> list[Path]:
+    """As ``list_images``.
+
+    Raises:
+        InputError: there are none; and as ``list_images``.
+    """
+    images, layout = list_images(root, split), find_layout(root)
+    if not images:
+        raise InputError(
+            f"{root / layout.images / split}: expected *{' or *'.join(layout.image_endings)}, found no images; see "
+            f"ocrnet/data/README.md, or try the generated data (python train.py --demo)"
+        )
+    return images
+
+
 def find_samples(root: Path, split: str) -> list[Sample]:
     """All images of a split with their labels, sorted by name.
 
     Raises:
-        InputError: there are no images, or a label is missing or outdated.
+        InputError: there are no images, a label is missing or older than classes.json, or the plain layout has no
+            classes.json.
     """
     layout = find_layout(root)
     samples = [Sample(image, label_path(image, root, layout)) for image in find_images(root, split)]
-    remedy = f"run python prepare_cityscapes.py --data-path {root}"
+    outdated, remedy = classes_time(root, layout), f"run python prepare_cityscapes.py --data-path {root}"
     for image, label in samples:
         if not label.exists():
-            annotations = annotation_paths(label, root, layout)
-            if not any(path.exists() for path in annotations):
-                remedy = f"it is made from {' or '.join(map(str, annotations))}, which does not exist"
+            if not find_annotation(label, root, layout):
+                targets = [replace_ending(label, root, layout.label[1], target) for target in layout.annotations]
+                remedy = f"it is made from {' or '.join(map(str, targets))}, which does not exist"
             raise InputError(f"{image}: expected a label {label}, found none; {remedy}")
-        if is_outdated(label, root, layout):
+        if label.stat().st_mtime < outdated and find_annotation(label, root, layout):
             raise InputError(f"{label}: is older than classes.json; {remedy}")
     return samples
 
 
+def find_stale_labels(root: Path) -> list[Path]:
+    """The train ids of all splits that can be made and are missing or older than classes.json.
+
+    In the plain layout also those that are older than their annotation. (In Cityscapes' they may come from elsewhere.)
+
+    Raises:
+        InputError: there are no splits, or the plain layout has no classes.json.
+    """
+    layout, stale = find_layout(root), []
+    outdated = classes_time(root, layout)
+    for image in (image for split in find_splits(root) for image in list_images(root, split)):
+        label = label_path(image, root, layout)
+        time = label.stat().st_mtime if label.exists() else -1.0
+        annotation = find_annotation(label, root, layout) if time < outdated or layout is PLAIN_LAYOUT else None
+        edited = layout is PLAIN_LAYOUT and annotation and time < annotation.stat().st_mtime
+        if annotation and (time < outdated or edited):
+            stale.append(label)
+    return stale
+
+
 def find_sample(image: Path) -> tuple[Sample, Path] | None:
     """The sample of an image with a label, and the root of its data set. None for an image without."""
-    image = image.resolve()
+    image = Path(os.path.abspath(image))  # links stay
     for folder in image.parents:
         root, layout = folder.parent, find_layout(folder.parent)
         if folder.name == layout.images and is_image(image, layout):

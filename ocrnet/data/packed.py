@@ -17,7 +17,8 @@ from .images import read_image, read_label
 
 
 def packed_path(path: Path) -> Path:
-    return path.with_suffix(".npy")
+    """NAME.npy for NAME.png, and NAME.jpg.npy for NAME.jpg."""
+    return path.with_suffix(".npy") if path.suffix == ".png" else path.with_name(path.name + ".npy")
 
 
 def is_packed(path: Path) -> bool:

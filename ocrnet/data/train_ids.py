@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..files import atomic_write, parallel_map
 from .classes import CITYSCAPES, IGNORE_INDEX, ClassTable, read_classes
 from .images import decode, read_header, read_label
-from .layout import PLAIN_LAYOUT, Sample, annotation_paths, find_labels, find_layout, is_outdated
+from .layout import Sample, find_annotation, find_layout, find_stale_labels
 
 # ---- train ids -------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def train_ids_from_polygons(path: Path, table: ClassTable = CITYSCAPES) -> Image
 
 
 def train_ids_from_label_ids(path: Path, table: ClassTable = CITYSCAPES) -> Image.Image:
-    """Map a ``_labelIds.png`` to train ids. The value 255, which is -1 in 8 bits, stays ignored.
+    """Map label ids to train ids. The value 255 (-1 in 8 bits) is ignored unless a label of the table has it.
 
     Raises:
         InputError: a value is not a label id of the table.
@@ -82,11 +82,12 @@ def train_ids_from_colors(path: Path, table: ClassTable = CITYSCAPES) -> Image.I
         first = labels.setdefault(int.from_bytes(bytes(label.color), "big"), label)
         if label.train_id not in (first.train_id, IGNORE_INDEX):
             raise InputError(
-                f"{path}: expected a color for each class, {first.name!r} and {label.name!r} have the same"
+                f"{path}: expected classes.json with a color per class, {first.name!r} and {label.name!r} have the same"
             )
-    known = np.array(sorted(labels))
+    known = np.array(sorted(labels), np.int32)
     train_ids = np.array([labels[color].train_id for color in known.tolist()], np.uint8)
-    colors = np.asarray(decode(path).convert("RGB")).astype(np.int64) @ [1 << 16, 1 << 8, 1]  # (H, W)
+    red, green, blue = np.asarray(decode(path).convert("RGB"), np.int32).transpose(2, 0, 1)  # (H, W) each
+    colors = (red << 16) + (green << 8) + blue
     index = np.searchsorted(known, colors).clip(max=len(known) - 1)
     unknown = colors[known[index] != colors]
     if unknown.size:
@@ -108,8 +109,7 @@ def make_train_ids(annotation: Path, table: ClassTable) -> Image.Image:
 
 def write_train_ids(target: Path, root: Path, table: ClassTable) -> None:
     """Write one file of train ids from its annotation."""
-    annotation = next(path for path in annotation_paths(target, root, find_layout(root)) if path.exists())
-    image = make_train_ids(annotation, table)
+    image = make_train_ids(find_annotation(target, root, find_layout(root)), table)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as part:
         image.save(part, format="PNG")
@@ -119,15 +119,10 @@ def write_missing_train_ids(root: Path, workers: int | None = None) -> None:
     """Write all train ids that are missing or outdated, in ``workers`` processes (None: one per core).
 
     Raises:
-        InputError: classes.json or an annotation is invalid, or the plain layout has no classes.json. Files written
-            before stay.
+        InputError: classes.json or an annotation is invalid, and as ``find_stale_labels``. Files written before stay.
     """
-    layout = find_layout(root)
-    if layout is PLAIN_LAYOUT and not (root / "classes.json").exists():
-        raise InputError(f"{root / 'classes.json'}: expected the classes of this data set; see ocrnet/data/README.md")
     write = partial(write_train_ids, root=root, table=read_classes(root))
-    missing = [label for label in find_labels(root) if not label.exists() or is_outdated(label, root, layout)]
-    parallel_map(ProcessPoolExecutor(workers), write, missing, "writing train ids")
+    parallel_map(ProcessPoolExecutor(workers), write, find_stale_labels(root), "writing train ids")
 
 
 # ---- checking --------------------------------------------------------------------------------------------------------
@@ -149,7 +144,7 @@ def class_counts(sample: Sample, num_classes: int) -> list[int]:
         if counts[value]:
             raise InputError(
                 f"{sample.label}: expected train ids 0 .. {num_classes - 1} or {IGNORE_INDEX}, found {counts[value]} "
-                f"pixels of {value}; if these are label ids, name the file _labelIds.png and run prepare_cityscapes.py"
+                f"pixels of {value}; prepare_cityscapes.py makes train ids from _labelIds.png, or from labels/"
             )
     return [*counts[:num_classes], counts[IGNORE_INDEX]]
 

@@ -5,10 +5,11 @@
     python tests/exercises/when_ocr_pays.py --weights runs/fcn/best.pt --output-dir runs/pretrained
 
 Each point is a run of its own, with the whole schedule. Runs that are finished are not repeated, interrupted ones are
-resumed. The figure is --output-dir/when_ocr_pays.png.
+resumed. The table and --output-dir/when_ocr_pays.png show all finished runs of that folder.
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from ocrnet.device import Accelerator
 from ocrnet.explain import explain
 from ocrnet.visualize import plt
 
+HEADS = {"ocr": "OCR", "fcn": "without OCR"}
+
 
 def own_class_share(ckpt: Path, data: Path) -> float:
     """The mean of w_ik over the pixels of the validation images, with k the class of pixel i."""
@@ -38,22 +41,30 @@ def own_class_share(ckpt: Path, data: Path) -> float:
     return total / count
 
 
-def plot(results: dict[str, list[list[float]]], iters: list[int], shares: list[list[float]], path: Path) -> None:
-    """``results`` by name: for each number of iterations the mIoU of each seed."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for name, runs in results.items():
-        mean = [statistics.mean(each) for each in runs]
-        line = left.plot(iters, mean, marker="o", label=name)[0]
-        low, high = [min(each) for each in runs], [max(each) for each in runs]
-        left.fill_between(iters, low, high, alpha=0.2, color=line.get_color())
-    left.set(xscale="log", xlabel="iterations", ylabel="mIoU of val, %", title="mean and range of the seeds")
-    left.legend()
-    right.plot(iters, [100 * statistics.mean(each) for each in shares], marker="o")
-    right.set(xscale="log", xlabel="iterations", ylabel="%", title="a pixel's weight w for the region of its own class")
-    for axis in (left, right):
-        axis.set_xticks(iters, [f"{n:,}" for n in iters])
+def finished(folder: Path, head: str) -> dict[int, list[float]]:
+    """mIoU in % of the finished runs of a head in ``folder``: iterations -> one per seed."""
+    scores = sorted(folder.glob(f"*/{head}-*.json"), key=lambda path: int(path.parent.name))
+    results: dict[int, list[float]] = {}
+    for path in scores:
+        results.setdefault(int(path.parent.name), []).append(100 * json.loads(path.read_text())["mIoU"])
+    return results
+
+
+def plot(results: dict[str, dict[int, list[float]]], shares: dict[int, list[float]], path: Path) -> None:
+    """mIoU of each name and share of the own class in %, against iterations: mean and range of the seeds."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, lines in zip(axes, (results, {"OCR": shares})):
+        for name, runs in lines.items():
+            mean, low, high = zip(*((statistics.mean(x), min(x), max(x)) for x in runs.values()))
+            (line,) = axis.plot(list(runs), mean, marker="o", label=name)
+            axis.fill_between(list(runs), low, high, alpha=0.2, color=line.get_color())
+        axis.set(xscale="log", xlabel="iterations")
+        axis.set_xticks(list(shares), [f"{n:,}" for n in shares])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    axes[0].set(ylabel="mIoU of val, %", title="mean and range of the seeds")
+    axes[0].legend()
+    axes[1].set(ylabel="%", title="a pixel's weight w for the region of its own class")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -67,20 +78,25 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.output_dir.resolve()
     start = ["--weights", str(args.weights.resolve())] if args.weights else []
-    results, shares = {"OCR": [], "without OCR": []}, []
     for n in args.iters:
         flags = ["--max-iters", str(n), "--val-every", str(n), *start]
-        for name, head in (("OCR", "ocr"), ("without OCR", "fcn")):
-            runs = [measure(head, seed, folder / str(n), flags, folder / "data") for seed in args.seeds]
-            results[name].append([100 * scores["mIoU"] for scores in runs])
-        ckpts = [folder / str(n) / f"ocr-{seed}" / "last.pt" for seed in args.seeds]
-        shares.append([own_class_share(ckpt, folder / "data" / "synthetic") for ckpt in ckpts])
-        ocr, fcn = results["OCR"][-1], results["without OCR"][-1]
-        difference = statistics.mean(ocr) - statistics.mean(fcn)
-        each = [", ".join(f"{x:.1f}" for x in runs) for runs in (ocr, fcn)]
-        share = 100 * statistics.mean(shares[-1])
-        print(f"| {n:,} | {each[0]} | {each[1]} | {difference:+.1f} | {share:.0f} % |", flush=True)
-        plot(results, args.iters[: len(shares)], shares, folder / "when_ocr_pays.png")
+        for seed in args.seeds:
+            for head in HEADS:
+                measure(head, seed, folder / str(n), flags, folder / "data")
+    results = {name: finished(folder, head) for head, name in HEADS.items()}
+    shares = {
+        n: [100 * own_class_share(ckpt, folder / "data/synthetic") for ckpt in folder.glob(f"{n}/ocr-*/last.pt")]
+        for n in results["OCR"]
+    }
+    print(
+        "| iterations | OCR | without | difference of the means | w of the own class |\n| --- | --- | --- | --- | --- |"
+    )
+    for n in shares:
+        each = [runs[n] for runs in results.values()]
+        scores = " | ".join(", ".join(f"{x:.1f}" for x in runs) for runs in each)
+        difference = statistics.mean(each[0]) - statistics.mean(each[1])
+        print(f"| {n:,} | {scores} | {difference:+.1f} | {statistics.mean(shares[n]):.0f} % |")
+    plot(results, shares, folder / "when_ocr_pays.png")
 
 
 if __name__ == "__main__":

@@ -118,8 +118,41 @@ print(own_class_share(Path({str(tmp_path / "x.pt")!r}), Path({str(data)!r})))
     assert check("detach", share) < 0.2  # the relation of random weights
 
 
+def test_only_ocr_brings_a_distant_pixel_to_the_local_backbone():
+    code = """
+from ocrnet.models import build_model
+changes = []
+for head in ("fcn", "ocr"):
+    model = build_model("local", num_classes=4, head=head).eval()
+    image = torch.randn(1, 3, 96, 160, requires_grad=True)
+    model(image)[0][0, :, 48, 120].sum().backward()
+    reached = image.grad.abs().sum((0, 1)) > 0  # (H, W)
+    changes.append([reached[48, 119].item(), reached[:, :90].any().item()])
+print(changes)
+"""
+    assert check("context", code) == [[True, False], [True, True]]
+
+
+def test_the_class_of_the_discs_is_that_of_the_lamp(tmp_path):
+    code = f"""
+from pathlib import Path
+import context
+context.SPLITS = {{"train": 6, "val": 2}}
+context.write_discs(Path({str(tmp_path)!r}))
+from ocrnet.data.datasets import EvalDataset
+seen = []
+for image, label in EvalDataset(find_samples(Path({str(tmp_path)!r}), "train")):
+    red, green, blue = image[:, label == 1].float().mean(1)
+    seen.append([(green > red).item(), label.unique().tolist()])
+print(seen)
+"""
+    seen = check("context", code)
+    assert all(classes == ([0, 1, 2] if green else [0, 1, 3]) for green, classes in seen)
+    assert len({green for green, _ in seen}) == 2
+
+
 def test_every_solution_is_measured():
     solutions = {path.stem for path in FOLDER.iterdir() if path.suffix in (".py", ".json")} - {
-        "ablation", "solution", "when_ocr_pays",
+        "ablation", "context", "solution", "when_ocr_pays",
     }  # fmt: skip
     assert set(EXERCISES) == {"ocr", "fcn", *solutions}  # these two are flags alone

@@ -16,6 +16,7 @@ from conftest import ROOT
 import ocrnet
 from ocrnet.data import classes
 from ocrnet.data.classes import ClassTable
+from ocrnet.models import BACKBONES
 
 READMES = [
     ROOT / "README.md",
@@ -62,7 +63,7 @@ def scripts():
 @pytest.fixture(scope="module")
 def flags():
     """The flags that ``--help`` of the scripts lists."""
-    found = set()
+    found, backbones = set(), dict(BACKBONES)
     for path in scripts():
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
             patch.setattr(sys, "argv", [str(path), "--help"])
@@ -70,6 +71,8 @@ def flags():
             with pytest.raises(SystemExit):
                 runpy.run_path(str(path), run_name="__main__")
         found |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", output.getvalue()))
+    BACKBONES.clear()  # exercises add to them
+    BACKBONES.update(backbones)
     return found
 
 

@@ -2,11 +2,9 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
 
-from conftest import ROOT, RUN, entries
+import pytest
+from conftest import RUN, entries
 from exercises.ablation import EXERCISES, FOLDER
 
 CHECK = """
@@ -18,21 +16,19 @@ head = OCRHead(region_in_channels=6, in_channels=6, num_classes=3, channels=8, k
 """
 
 
-def run(*command) -> str:
-    """The output of Python with these arguments, where solutions can be imported."""
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def check(script, tmp_path):
+    """check(name, code): the value that ``code`` prints after importing a solution."""
+
+    def call(name, code) -> list:
+        path = tmp_path / "check.py"
+        path.write_text(f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\n" + CHECK.format(name=name) + code)
+        return ast.literal_eval(script(path).stdout)
+
+    return call
 
 
-def check(name, code) -> list:
-    """The value that ``code`` prints after importing a solution."""
-    return ast.literal_eval(run("-c", CHECK.format(name=name) + code))
-
-
-def test_detached_regions_get_no_gradient_of_the_final_loss():
+def test_detached_regions_get_no_gradient_of_the_final_loss(check):
     code = """
 features = torch.randn(2, 6, 4, 4)
 head(features, features)[0].square().mean().backward()
@@ -42,7 +38,7 @@ print([head.region_head[-1].weight.grad is None, head.pixel_head[0].weight.grad.
     assert no_gradient and pixel_gradient > 0
 
 
-def test_the_gather_takes_the_mean_of_each_true_region():
+def test_the_gather_takes_the_mean_of_each_true_region(check):
     code = """
 gathered = []
 head.gather.register_forward_hook(lambda _, inputs, f: gathered.extend([inputs[0], f]))
@@ -56,7 +52,7 @@ print([x[0].flatten(1).tolist() for x in gathered])
         assert all(abs(found - mean) < 1e-5 for found, mean in zip(regions, means))
 
 
-def test_with_the_true_relation_pixels_of_a_class_have_one_context():
+def test_with_the_true_relation_pixels_of_a_class_have_one_context(check):
     code = """
 contexts = []
 head.attention.register_forward_hook(lambda _, inputs, y: contexts.append(y))
@@ -68,7 +64,7 @@ print([torch.equal(y[:, 1, 0], y[:, 1, 1]), torch.equal(y[:, 0, 0], y[:, 0, 1])]
     assert check("upper_bound", code) == [True, False]
 
 
-def test_each_image_is_evaluated_with_its_own_label(data):
+def test_each_image_is_evaluated_with_its_own_label(check, data):
     code = f"""
 from pathlib import Path
 from ocrnet.data.layout import find_samples
@@ -82,7 +78,7 @@ print(evaluate(head, samples, 19, Accelerator("cpu"), segment, 2).pixel_accuracy
     assert check("ground_truth", code) == 1
 
 
-def test_another_width_is_a_line():
+def test_another_width_is_a_line(check):
     code = """
 from ocrnet.models import build_model
 print(list(build_model("hr9t").backbone.transition1[0][0].weight.shape))
@@ -90,16 +86,16 @@ print(list(build_model("hr9t").backbone.transition1[0][0].weight.shape))
     assert check("width", code) == [9, 256, 3, 3]
 
 
-def test_the_upper_bound_trains_and_is_evaluated(tmp_path, data):
+def test_the_upper_bound_trains_and_is_evaluated(script, tmp_path, data):
     solution, folder = FOLDER / "upper_bound.py", tmp_path / "run"
-    run(solution, *RUN, "--max-iters", 2, "--data-path", data, "--output-dir", folder)
+    script(solution, *RUN, "--max-iters", 2, "--data-path", data, "--output-dir", folder)
     assert len(entries(folder / "log.jsonl")) == 3
     scores = tmp_path / "scores.json"
-    run(solution, "evaluate", "--ckpt", folder / "last.pt", "--data-path", data, "--device", "cpu", "--json", scores)
+    script(solution, "evaluate", "--ckpt", folder / "last.pt", "--data-path", data, "--device", "cpu", "--json", scores)
     assert json.loads(scores.read_text())["mIoU"] == entries(folder / "log.jsonl")[-1]["mIoU"]
 
 
-def test_with_the_true_relation_a_pixel_takes_all_from_its_own_class(tmp_path, data):
+def test_with_the_true_relation_a_pixel_takes_all_from_its_own_class(check, tmp_path, data):
     from ocrnet.checkpoint import save_checkpoint
     from ocrnet.models import build_model
 
@@ -118,7 +114,7 @@ print(own_class_share(Path({str(tmp_path / "x.pt")!r}), Path({str(data)!r})))
     assert check("detach", share) < 0.2  # the relation of random weights
 
 
-def test_only_ocr_brings_a_distant_pixel_to_the_local_backbone():
+def test_only_ocr_brings_a_distant_pixel_to_the_local_backbone(check):
     code = """
 from ocrnet.models import build_model
 changes = []
@@ -133,7 +129,7 @@ print(changes)
     assert check("context", code) == [[True, False], [True, True]]
 
 
-def test_the_class_of_the_discs_is_that_of_the_lamp(tmp_path):
+def test_the_class_of_the_discs_is_that_of_the_lamp(check, tmp_path):
     code = f"""
 from pathlib import Path
 import context

@@ -43,7 +43,7 @@ def own_class_share(ckpt: Path, data: Path) -> float:
 
 def finished(folder: Path, head: str) -> dict[int, list[float]]:
     """mIoU in % of the finished runs of a head in ``folder``: iterations -> one per seed."""
-    scores = sorted(folder.glob(f"*/{head}-*.json"), key=lambda path: int(path.parent.name))
+    scores = sorted(folder.glob(f"*/{head}-*.json"), key=lambda path: (int(path.parent.name), path.name))
     results: dict[int, list[float]] = {}
     for path in scores:
         results.setdefault(int(path.parent.name), []).append(100 * json.loads(path.read_text())["mIoU"])

@@ -45,8 +45,8 @@ from ocrnet.signals import StopSignal, ignore_signals_in_worker
 
 DEMO = dict(
     data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18t", crop_size=[96, 192], workers=1,
-    scale_range=[1.0, 1.0], color_jitter=False, batch_size=4, max_iters=1500, lr=0.2, val_every=500, save_every=500,
-    log_every=25,
+    scale_range=[1.0, 1.0], color_jitter=False, batch_size=4, max_iters=1000, lr=0.2, weight_decay=2e-3, val_every=500,
+    save_every=500, log_every=25,
 )  # fmt: skip
 
 

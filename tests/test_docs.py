@@ -57,7 +57,7 @@ def test_class_tables_shown_are_class_tables():
 def scripts():
     """Every file with a command line: beside the README, and the tools below tests/."""
     tools = [path for path in (ROOT / "tests").rglob("*.py") if not path.name.startswith(("test_", "conftest"))]
-    return [path for path in (*ROOT.glob("*.py"), *tools) if "parse_args" in path.read_text()]
+    return [path for path in (*ROOT.glob("*.py"), *tools) if "_args()" in path.read_text()]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
     python tests/exercises/ablation.py                                21 runs of five minutes on two cores
     python tests/exercises/ablation.py --seeds 0 --only detach fcn    two of them
+    python tests/exercises/ablation.py --max-iters 1500               other flags are those of train.py
 
 Runs that are finished are not repeated, interrupted ones are resumed.
 """
@@ -63,9 +64,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--only", nargs="+", choices=EXERCISES, default=list(EXERCISES), metavar="NAME")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"), metavar="DIR")
-    parser.add_argument("--max-iters", type=int, metavar="N", help="of each run; default: the demo's")
-    args = parser.parse_args()
-    flags = ["--max-iters", str(args.max_iters)] if args.max_iters else []
+    args, flags = parser.parse_known_args()
     folder = args.output_dir.resolve()
     results = {
         exercise: [measure(exercise, seed, folder, flags, folder / "data") for seed in args.seeds]

@@ -3,6 +3,7 @@
     python tests/exercises/when_ocr_pays.py                       24 runs, hours on two cores
     python tests/exercises/when_ocr_pays.py --iters 500 1500 --seeds 0
     python tests/exercises/when_ocr_pays.py --weights runs/fcn/best.pt --output-dir runs/pretrained
+    python tests/exercises/when_ocr_pays.py --weight-decay 5e-4         other flags are those of train.py
 
 Each point is a run of its own, with the whole schedule. Runs that are finished are not repeated, interrupted ones are
 resumed. The table and --output-dir/when_ocr_pays.png show all finished runs of that folder.
@@ -75,11 +76,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone of this file")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/when_ocr_pays"), metavar="DIR")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     folder = args.output_dir.resolve()
     start = ["--weights", str(args.weights.resolve())] if args.weights else []
     for n in args.iters:
-        flags = ["--max-iters", str(n), "--val-every", str(n), *start]
+        flags = ["--max-iters", str(n), "--val-every", str(n), *start, *more]
         for seed in args.seeds:
             for head in HEADS:
                 measure(head, seed, folder / str(n), flags, folder / "data")

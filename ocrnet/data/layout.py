@@ -85,10 +85,14 @@ def label_path(image: Path, root: Path, layout: Layout) -> Path:
     return replace_ending(image, root, ending, layout.label)
 
 
+def annotation_paths(label: Path, root: Path, layout: Layout) -> list[Path]:
+    """Where the annotation may be from which these train ids are made. The first that exists counts."""
+    return [replace_ending(label, root, layout.label[1], target) for target in layout.annotations]
+
+
 def find_annotation(label: Path, root: Path, layout: Layout) -> Path | None:
-    """The annotation from which these train ids are made. None if it does not exist."""
-    paths = (replace_ending(label, root, layout.label[1], target) for target in layout.annotations)
-    return next((path for path in paths if path.exists()), None)
+    """The annotation of these train ids. None if it does not exist."""
+    return next((path for path in annotation_paths(label, root, layout) if path.exists()), None)
 
 
 def classes_time(root: Path, layout: Layout) -> float:
@@ -170,8 +174,8 @@ def find_samples(root: Path, split: str) -> list[Sample]:
     for image, label in samples:
         if not label.exists():
             if not find_annotation(label, root, layout):
-                targets = [replace_ending(label, root, layout.label[1], target) for target in layout.annotations]
-                remedy = f"it is made from {' or '.join(map(str, targets))}, which does not exist"
+                paths = " or ".join(map(str, annotation_paths(label, root, layout)))
+                remedy = f"it is made from {paths}, which does not exist"
             raise InputError(f"{image}: expected a label {label}, found none; {remedy}")
         if label.stat().st_mtime < outdated and find_annotation(label, root, layout):
             raise InputError(f"{label}: is older than classes.json; {remedy}")
@@ -190,11 +194,11 @@ def find_stale_labels(root: Path) -> list[Path]:
     outdated = classes_time(root, layout)
     for image in (image for split in find_splits(root) for image in list_images(root, split)):
         label = label_path(image, root, layout)
-        time = label.stat().st_mtime if label.exists() else -1.0
-        annotation = find_annotation(label, root, layout) if time < outdated or layout is PLAIN_LAYOUT else None
-        edited = layout is PLAIN_LAYOUT and annotation and time < annotation.stat().st_mtime
-        if annotation and (time < outdated or edited):
-            stale.append(label)
+        annotation = find_annotation(label, root, layout)
+        if annotation:
+            edited = annotation.stat().st_mtime if layout is PLAIN_LAYOUT else 0.0
+            if not label.exists() or label.stat().st_mtime < max(outdated, edited):
+                stale.append(label)
     return stale
 
 

@@ -1,9 +1,10 @@
 """Exercise 7: discs whose class depends on a distant lamp, seen by a backbone without and with context. See README.md.
 
     python tests/exercises/context.py table                            12 runs of a minute; the table and context.png
-    python tests/exercises/context.py --model local --head fcn --data-path data/context --output-dir runs/context
+    python tests/exercises/context.py --model local --head fcn --data-path runs/context/data --output-dir runs/local
 
-Without ``table`` it is train.py, or evaluate.py after ``evaluate``, with the backbone ``local``.
+``table`` writes the data set. Without it this is train.py, or evaluate.py after ``evaluate``, with the backbone
+``local``.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def weight_of_lamp(ckpt: Path, data: Path) -> float:
 def draw_predictions(folder: Path, seed: int, path: Path, count: int = 4) -> None:
     """Images, labels and what the backbone ``local`` predicts without and with OCR, a row per validation image."""
     samples = find_samples(folder / "data", "val")[:count]
-    models = [load_model(folder / f"local-{head}-{seed}" / "last.pt")[0].eval() for head in ("fcn", "ocr")]
+    models = [load_model(folder / f"local-{head}-{seed}" / "last.pt")[0] for head in ("fcn", "ocr")]
     palette, accelerator = np.array(list(CLASSES.values()), np.uint8), Accelerator("cpu")
     fig, axes = plt.subplots(count, 4, figsize=(10, 1.6 * count), layout="constrained")
     for row, (image, label) in zip(axes, EvalDataset(samples)):
@@ -119,18 +120,8 @@ def train_and_score(model: str, head: str, seed: int, folder: Path) -> dict:
     run_folder, data = folder / f"{model}-{head}-{seed}", folder / "data"
     scores, this = run_folder.with_suffix(".json"), [sys.executable, __file__]
     if not scores.exists():
-        train = [
-            "--model",
-            model,
-            "--head",
-            head,
-            "--seed",
-            seed,
-            *FLAGS.split(),
-            "--output-dir",
-            run_folder,
-            "--resume",
-        ]
+        settings = f"--model {model} --head {head} --seed {seed} {FLAGS} --resume".split()
+        train = [*settings, "--output-dir", run_folder]
         evaluate = ["evaluate", "--ckpt", run_folder / "last.pt", "--json", scores]
         for command in (train, evaluate):
             command = [*this, *map(str, command), "--data-path", str(data)]

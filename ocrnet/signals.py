@@ -33,19 +33,21 @@ class StopSignal:
 
 
 def ignore_signals_in_worker(worker_id: int) -> None:
-    """``worker_init_fn`` of a DataLoader: obey SIGTERM only from the parent process, ignore SIGINT.
+    """``worker_init_fn`` of a DataLoader: end with the parent process or by its SIGTERM only, and ignore SIGINT.
 
     Terminals and schedulers signal every process of a run. A worker that dies first ends the training process with
-    an exception before it can save.
+    an exception before it can save. A worker that outlives its parent holds the connections that it has inherited
+    open, and the other ranks do not see that its parent is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+    if not hasattr(signal, "sigtimedwait"):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        parent, received = os.getppid(), None
+        while os.getppid() == parent and (received is None or received.si_pid != parent):
+            received = signal.sigtimedwait({signal.SIGTERM}, 0.2)
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -60,7 +60,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["train", "evaluate", "torch._dynamo"])  # imported once, for all processes
 
 
-def run_script_file(path: str, args: list[str], environment: dict[str, str], output: str) -> None:
+def run_script_file(path: str, args: list[str], environment: dict[str, str], output: str, figures: bool) -> None:
     """What a process of ``script`` does: ``python path args`` in one thread."""
     os.environ.clear()
     os.environ.update(environment)
@@ -68,21 +68,28 @@ def run_script_file(path: str, args: list[str], environment: dict[str, str], out
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
     multiprocessing.set_start_method(None, force=True)  # of data loader workers: the default again
     torch.set_num_threads(1)
+    if not figures:
+        skip_figures()
     sys.argv = [path, *args]
     sys.path.insert(0, os.path.dirname(path))
     runpy.run_path(path, run_name="__main__")
 
 
+def skip_figures() -> None:
+    """Make train.py draw nothing, because that takes seconds."""
+    visualize.plot_curves = visualize.save_samples = visualize.save_scores = lambda *args: None
+
+
 class Running:
     """A running script: a process for each rank. ``stdout`` and ``stderr`` are those of all ranks."""
 
-    def __init__(self, path: Path, args: Sequence[str], processes: int, output: Path):
+    def __init__(self, path: Path, args: Sequence[str], processes: int, output: Path, figures: bool):
         self.outputs = [f"{output}{rank}" for rank in range(processes)]
         self.processes = []
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         for rank, file in enumerate(self.outputs):
             place = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            rank_args = (str(path), list(args), {**os.environ, **place}, file)
+            rank_args = (str(path), list(args), {**os.environ, **place}, file, figures)
             self.processes.append(FORKSERVER.Process(target=run_script_file, args=rank_args))
             self.processes[-1].start()
 
@@ -125,15 +132,16 @@ def script(tmp_path_factory):
         processes: ranks of a process group. 1: without a process group.
         ok: whether exit status 0 is expected. None for either.
         wait: False to return while it is running.
+        figures: whether train.py draws its figures.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         forkserver.ensure_running()
     started = []
 
-    def call(name, *args, processes=1, ok=True, wait=True):
+    def call(name, *args, processes=1, ok=True, wait=True, figures=False):
         output = tmp_path_factory.mktemp("output") / "rank"
-        run = Running(ROOT / name, [str(arg) for arg in args], processes, output)
+        run = Running(ROOT / name, [str(arg) for arg in args], processes, output, figures)
         started.append(run)
         if wait:
             status = run.wait()
@@ -242,7 +250,7 @@ EIGHT_ITERATIONS = [
 def trained(script, data, tmp_path_factory) -> Path:
     """The folder of a run of eight iterations on two processes. Read-only."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    script("train.py", *EIGHT_ITERATIONS, "--data-path", data, "--output-dir", folder, processes=2)
+    script("train.py", *EIGHT_ITERATIONS, "--data-path", data, "--output-dir", folder, processes=2, figures=True)
     return folder
 
 
@@ -347,6 +355,6 @@ def as_authors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    visualize.plot_curves = visualize.save_samples = visualize.save_scores = lambda *args: None  # they take seconds
+    skip_figures()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,10 +1,15 @@
 """Several machines, and processes that are lost."""
 
+import contextlib
 import os
 import random
 import signal
+import time
 
-from conftest import EIGHT_ITERATIONS, TINY_RUN, free_port, processes_of, same_run, until
+import pytest
+from conftest import EIGHT_ITERATIONS, FORKSERVER, TINY_RUN, free_port, processes_of, same_run, until
+
+from ocrnet.signals import ignore_signals_in_worker
 
 
 def test_two_hosts_train_as_one_host_with_as_many_processes(torchrun, trained, data, tmp_path):
@@ -26,6 +31,30 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(torchrun, trained, dat
     os.kill(random.choice(workers), signal.SIGKILL)
     assert running.wait(240) == 0
     same_run(trained, tmp_path / "run")
+
+
+def start_worker(connection):
+    """Start a worker that inherits ``connection`` and sends its id. Then wait to be killed."""
+    if os.fork() == 0:
+        ignore_signals_in_worker(0)
+        connection.send(os.getpid())
+    time.sleep(600)
+
+
+def test_a_worker_ends_with_its_killed_parent_and_closes_the_connections_it_has_inherited():
+    connection, inherited = FORKSERVER.Pipe(duplex=False)
+    parent = FORKSERVER.Process(target=start_worker, args=[inherited])
+    parent.start()
+    inherited.close()
+    worker = connection.recv()
+    try:
+        parent.kill()
+        assert connection.poll(60)
+        with pytest.raises(EOFError):  # no process holds the other end
+            connection.recv()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_a_process_that_no_longer_answers_ends_the_others_with_an_error(script, data, tmp_path):

@@ -1,9 +1,9 @@
 """When OCR pays: train the demo with and without OCR for more and more iterations, and plot both.
 
-    python tests/exercises/when_ocr_pays.py                       24 runs, six hours on one core
-    python tests/exercises/when_ocr_pays.py --iters 500 1000 --seeds 0
+    python tests/exercises/when_ocr_pays.py                               24 runs, six hours on one core
+    python tests/exercises/when_ocr_pays.py --iters 500 1000 --seeds 0    four of them
+    python tests/exercises/when_ocr_pays.py --weight-decay 5e-4           other flags are those of train.py
     python tests/exercises/when_ocr_pays.py --weights runs/fcn/best.pt --output-dir runs/pretrained
-    python tests/exercises/when_ocr_pays.py --weight-decay 5e-4         other flags are those of train.py
 
 Each point is a run of its own, with the whole schedule. Runs that are finished are not repeated, interrupted ones are
 resumed. The table and --output-dir/when_ocr_pays.png show all finished runs of that folder.

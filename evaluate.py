@@ -10,107 +10,103 @@
 data set.
 """
 
-import argparse
 import json
-from functools import partial
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 
 import torch
 
+from ocrnet import InputError
 from ocrnet.checkpoint import load_model
 from ocrnet.data.classes import read_classes
-from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
-from ocrnet.errors import InputError
-from ocrnet.evaluation import evaluate_split, export_split, format_shares, print_scores
-from ocrnet.files import atomic_write
-from ocrnet.hub import find_weights
-from ocrnet.inference import color_images, segment
+from ocrnet.data.datasets import EvalDataset, find_samples
+from ocrnet.device import DEVICES, Accelerator
+from ocrnet.evaluation import evaluate, export_split, print_scores, print_shares, summarize
+from ocrnet.inference import color_images, make_forward
 from ocrnet.script import make_parser, run_script
-
-
-# fmt: off
-def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__, usage="evaluate.py --ckpt FILE [options]")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint: a file, or a name of hub.py")
-
-    group = parser.add_argument_group("data set")
-    group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
-    group.add_argument("--split", default="val", metavar="NAME", help="train, val or test")
-    group.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
-    group.add_argument("--baseline", action="store_true", help="also score the most frequent class per row")
-    group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs to DIR instead of scoring")
-
-    group = parser.add_argument_group("images")
-    group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files and folders")
-    group.add_argument("--save", type=Path, metavar="DIR", help="write them colored by class to DIR")
-    group.add_argument("--legend", action="store_true", help="also NAME_legend.png, with the names of the classes")
-    group.add_argument("--explain", type=Path, metavar="DIR", help="write a figure per step of the method to DIR")
-    group.add_argument("--pixel", type=int, nargs=2, action="append", metavar=("X", "Y"), help="for --explain")
-
-    group = parser.add_argument_group("inference")
-    group.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="multi-scale: sizes")
-    group.add_argument("--flip", action="store_true", help="mean over flipped images too")
-    group.add_argument("--slide", type=int, nargs=2, metavar=("H", "W"), help="sliding window, saves memory")
-    group.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="of the window; default: 2/3 of it")
-
-    group = parser.add_argument_group("device")
-    group.add_argument("--device", choices=DEVICES, help="default: the first that is available")
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="default: not on CPUs without bf16")
-    group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16; bf16 on CPUs and newer CUDA cards")
-    group.add_argument("--workers", type=int, default=2, metavar="N", help="data loader workers per process")
-
-    args = parser.parse_args()
-    if bool(args.images) != bool(args.save or args.explain):
-        parser.error("--images: expected together with --save or --explain")
-    if args.explain and (args.scales != [1.0] or args.flip or args.slide):
-        parser.error("--explain: shows one forward pass at scale 1: leave out --scales, --flip, --slide")
-    if args.legend and not args.save:
-        parser.error("--legend: expected together with --save")
-    if args.pixel and not args.explain:
-        parser.error("--pixel: expected together with --explain")
-    if min(args.scales) <= 0 or min(args.slide or [1]) < 1 or min(args.stride or [1]) < 1:
-        parser.error("--scales, --slide, --stride: expected numbers above 0")
-    if args.stride and not (args.slide and args.stride[0] <= args.slide[0] and args.stride[1] <= args.slide[1]):
-        parser.error("--stride: expected --slide, and no larger numbers, or pixels would be left out")
-    return args
-# fmt: on
 
 
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator(args.device, args.amp, args.amp_dtype)
-    model, table = load_model(find_weights(args.ckpt, accelerator))
-    table = table or read_classes(args.data_path)
-    if model.config["num_classes"] != len(table):
+    accelerator = Accelerator(args.device, args.amp)
+    model, table = load_model(args.ckpt)
+    if not args.images or not table:
+        own = read_classes(args.data_path)
+        if table and own.names != table.names:
+            raise InputError(
+                f"--data-path {args.data_path}: expected the classes of the checkpoint, {', '.join(table.names)}, "
+                f"found {', '.join(own.names)}"
+            )
+        table = own
+    if len(table) != model.config["num_classes"]:
         raise InputError(
-            f"--ckpt {args.ckpt}: has {model.config['num_classes']} classes without names: "
-            f"expected {len(table)}, or --data-path DIR with a classes.json of as many"
+            f"--ckpt {args.ckpt}: has {model.config['num_classes']} classes without names: expected {len(table)}, or "
+            f"--data-path DIR with a classes.json of as many"
         )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    options = dict(scales=args.scales, flip=args.flip, slide=args.slide, stride=args.stride)
-    segment_image = partial(segment, accelerator=accelerator, **options)
+    forward = make_forward(
+        accelerator.compile(model) if args.compile else model, accelerator, args.scales, args.flip, args.slide
+    )
 
-    if args.save:
-        pixels = color_images(model, args.images, args.save, table, accelerator, segment_image, args.legend)
-        accelerator.print0(format_shares(pixels, table))
-    if args.explain:
-        from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
+    if args.images:
+        if args.save:
+            pixels = color_images(forward, args.images, args.save, table, accelerator)
+            if accelerator.is_main:
+                print_shares(pixels, table)
+        if args.explain:
+            from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
 
-        explain_images(model, args.images, args.explain, table, accelerator, args.pixel or ())
+            explain_images(model, args.images, args.explain, table, accelerator)
     elif args.export:
-        export_split(model, args.data_path, args.split, args.export, table, accelerator, segment_image)
-    elif not args.save:
-        scores = evaluate_split(
-            model, table, args.data_path, args.split, accelerator, segment_image, args.workers, args.baseline
-        )
+        export_split(forward, args.data_path, args.split, args.export, table, accelerator)
+    else:
+        samples = find_samples(args.data_path, args.split)
+        confusion, _ = evaluate(forward, EvalDataset(samples, table), len(table), accelerator, workers=2)
+        if not confusion.counts.any():
+            raise InputError(f"--split {args.split}: no pixel is labeled: use --export, if its labels are not public")
         if accelerator.is_main:
-            print(f"{args.ckpt} on {args.data_path}, {args.split}: {scores['images']} images\n")
+            scores = {"images": len(samples), **summarize(confusion, table)}
+            print(f"{args.ckpt} on {args.data_path}, {args.split}: {len(samples)} images\n")
             print_scores(scores)
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(args.json) as part:
-                    part.write_text(json.dumps(scores, indent=2) + "\n")
+                args.json.write_text(json.dumps(scores, indent=2) + "\n")
     accelerator.close()
+
+
+# fmt: off
+def parse_args() -> Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint: a file, or a name of hub.py")
+    group = parser.add_argument_group("data set")
+    group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
+    group.add_argument("--split", default="val", metavar="NAME", help="train, val or test")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
+    group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs to DIR instead of scoring")
+    group = parser.add_argument_group("images")
+    group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files and folders")
+    group.add_argument("--save", type=Path, metavar="DIR", help="write them colored by class to DIR")
+    group.add_argument("--explain", type=Path, metavar="DIR", help="write a figure per step of the method to DIR")
+    group = parser.add_argument_group("inference")
+    group.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="multi-scale: sizes")
+    group.add_argument("--flip", action="store_true", help="mean over flipped images too")
+    group.add_argument("--slide", type=int, nargs=2, metavar=("H", "W"), help="sliding window, saves memory")
+    group.add_argument("--device", choices=DEVICES, help="None: the first that is available")
+    group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; None: not on CPUs without bf16")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    args = parser.parse_args()
+    if bool(args.images) != bool(args.save or args.explain):
+        parser.error("--images: expected together with --save or --explain")
+    if args.images and (args.export or args.json):
+        parser.error("--images: shows images and scores no data set: leave out --export and --json")
+    if args.export and args.json:
+        parser.error("--export: scores nothing: leave out --json")
+    if args.explain and (args.scales != [1.0] or args.flip or args.slide or args.compile):
+        parser.error("--explain: shows one forward pass at scale 1: leave out --scales, --flip, --slide, --compile")
+    if min(args.scales) <= 0 or min(args.slide or [1]) < 1:
+        parser.error("--scales, --slide: expected numbers above 0")
+    return args
+# fmt: on
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from ocrnet.logs import Log, compare_losses, read_log
+from ocrnet.plots import plot_curves
 from ocrnet.script import make_parser, run_script
-from ocrnet.visualize import plot_curves
 
 MAX_RELATIVE, MAX_ABSOLUTE = 0.05, 0.0002  # of the SDAA model zoo
 
@@ -24,9 +24,8 @@ def main() -> None:
     parser.add_argument(
         "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or mmengine's log"
     )
-    parser.add_argument("--output", type=Path, metavar="PNG", help="default: curve.png beside the first log")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="None: curve.png beside the first log")
     parser.add_argument("--compare", action="store_true", help="the loss of two logs; exits with 1 if they differ")
-    parser.add_argument("--log-scale", action="store_true", help="logarithmic axes for loss and learning rate")
     args = parser.parse_args()
     if args.compare and len(args.logs) != 2:
         parser.error(f"--compare: expected two logs, found {len(args.logs)}")
@@ -35,7 +34,7 @@ def main() -> None:
     logs = [log._replace(name=str(path)) if names.count(log.name) > 1 else log for log, path in zip(logs, args.logs)]
     first = args.logs[0]
     output = args.output or (first if first.is_dir() else first.parent) / "curve.png"
-    plot_curves(logs, output, args.log_scale)
+    plot_curves(logs, output)
     for log in logs:
         best = f", best mIoU {max(entry['mIoU'] for entry in log.val):.2%}" if log.val else ""
         print(f"{log.name}: {len(log.train)} training entries, {len(log.val)} validations{best}")

@@ -5,44 +5,56 @@
     torchrun --nproc_per_node 4 train.py            the recipe: 4 devices, 2 images each, 40,000 iterations
     torchrun --nproc_per_node 4 train.py --resume   continue a stopped run
 
-Writes log.jsonl, last.pt, best.pt, curve.png, samples.png and scores.png to --output-dir. SIGTERM and Ctrl-C save
-last.pt and exit.
+Writes log.jsonl, last.pt, best.pt, curve.png, samples.png and scores.png to --output-dir. SIGTERM, Ctrl-C and other
+stop signals save last.pt after the current iteration and exit with 128 + their number.
+
+Three ideas before the loop. ``net`` is what is saved and validated, ``model`` is ``net`` compiled and wrapped. A crop
+depends on (seed, epoch, index) only, and dropout on (seed, iteration, rank), so no generator has a state to save. A
+checkpoint is whole or absent.
 """
 
+import json
 import math
 import random
 import signal
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
-from ocrnet.checkpoint import restore_model
-from ocrnet.data.classes import CITYSCAPES, CLASS_WEIGHTS, ClassTable, balanced_weights, read_classes
-from ocrnet.data.datasets import Data, EvalDataset, InfiniteSampler, TrainDataset
-from ocrnet.data.layout import find_samples
+from ocrnet import InputError
+from ocrnet.checkpoint import check_resumable, load_checkpoint, restore_model, save_checkpoint
+from ocrnet.data.classes import ClassTable, balanced_weights, read_classes
+from ocrnet.data.datasets import (
+    EvalDataset,
+    InfiniteSampler,
+    Sample,
+    TrainDataset,
+    count_pixels,
+    find_samples,
+    read_label,
+)
 from ocrnet.data.synthetic import write_dataset
-from ocrnet.data.train_ids import check_samples, write_missing_train_ids
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
-from ocrnet.errors import InputError
-from ocrnet.evaluation import baseline_of, evaluate, without_nan
-from ocrnet.hub import find_weights
-from ocrnet.losses import OHEM, ocr_loss
-from ocrnet.metrics import sum_over_processes
-from ocrnet.models import BACKBONES, HEAD_INITS, HEADS, build_model, load_weights, reset_parameters
-from ocrnet.progress import Progress
-from ocrnet.run import RunFolder, RunState, check_resumable, draw_run, load_last, run_settings
-from ocrnet.schedule import poly_lr
-from ocrnet.script import make_parser, run_script
-from ocrnet.signals import StopSignal, ignore_signals_in_worker
+from ocrnet.evaluation import evaluate, sample_predictions, without_nan
+from ocrnet.inference import forward_image
+from ocrnet.logs import read_log, trim_log
+from ocrnet.losses import ocr_loss, poly_lr
+from ocrnet.metrics import ConfusionMatrix
+from ocrnet.models import BACKBONES, HEADS, build_model, load_weights
+from ocrnet.script import catch_stop_signals, init_worker, make_parser, run_script
 
+RECIPE_LR = 0.01
 DEMO = dict(
     data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18t", crop_size=[96, 192], workers=1,
     scale_range=[1.0, 1.0], color_jitter=False, batch_size=4, max_iters=1000, lr=0.2, weight_decay=2e-3, val_every=500,
@@ -50,45 +62,242 @@ DEMO = dict(
 )  # fmt: skip
 
 
+def main() -> None:
+    args = parse_args()
+    accelerator = Accelerator(args.device, args.amp, args.amp_dtype)
+    device, is_main, print0 = accelerator.device, accelerator.is_main, accelerator.print0
+    global_batch = args.batch_size * args.accum_steps * accelerator.world_size
+    last = args.output_dir / "last.pt"
+    found = [name for name in ("last.pt", "best.pt", "log.jsonl") if (args.output_dir / name).exists()]
+    if found and not args.resume:
+        raise InputError(f"--output-dir {args.output_dir}: holds a run: add --resume, or choose another folder")
+    if "best.pt" in found and not last.exists():
+        raise InputError(f"--resume: expected {last}, found only best.pt: start from it with --weights")
+
+    # data
+    if args.demo and is_main:
+        write_dataset(args.data_path)
+    accelerator.barrier()
+    table = read_classes(args.data_path)
+    samples = find_samples(args.data_path, "train")
+    train_set = TrainDataset(samples, table, args.crop_size, args.seed, args.scale_range, args.color_jitter)
+    val_set = EvalDataset(find_samples(args.data_path, "val"), table)
+    class_weights = None
+    if args.class_weights:
+        pixels = accelerator.broadcast(count_classes(samples, table) if is_main else None)
+        class_weights = torch.tensor(balanced_weights(pixels), device=device)  # (K,)
+
+    # model and optimizer: new, or those of last.pt
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings |= {"classes": ", ".join(table.names), "train_images": len(train_set), "global_batch": global_batch}
+    settings |= {"device": str(accelerator), "resume": True}
+    checkpoint = accelerator.broadcast(load_checkpoint(last) if is_main and last.exists() else None)
+    torch.manual_seed(args.seed)
+    if checkpoint:
+        for note in check_resumable(checkpoint, settings, last):
+            print0(f"NOTE: {note}")
+        net = restore_model(checkpoint, last)
+    else:
+        net = build_model(args.model, len(table), head=args.head)
+        if args.weights:
+            print0(f"{args.weights}: {load_weights(net, args.weights)}")
+    net = accelerator.convert_sync_bn(net).to(device, memory_format=accelerator.memory_format)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    scaler = accelerator.grad_scaler()
+    iteration, validated, best = 0, 0, -math.inf
+    if checkpoint:
+        iteration, validated, best = checkpoint["iter"], checkpoint["validated"], checkpoint["best"]
+        # momentum of the checkpoint, settings of the flags
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        scaler.load_state_dict(checkpoint["scaler"] if scaler.is_enabled() else {})
+    sizes = f"{len(train_set)} training and {len(val_set)} validation images, {len(table)} classes"
+    describe(args, accelerator, net, sizes, iteration, global_batch)
+
+    log_path = args.output_dir / "log.jsonl"
+    if is_main:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        trim_log(log_path, iteration)
+
+    def log(entry: dict) -> None:
+        if is_main:
+            with open(log_path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def save(name: str) -> None:
+        if is_main:
+            state = {"model": net.state_dict(), "config": net.config, "classes": table.rows(), "settings": settings}
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(args.output_dir / name, state | {"iter": iteration, "validated": validated, "best": best})
+
+    def due(every: int) -> bool:
+        return iteration % every == 0 or iteration == args.max_iters
+
+    forward = partial(forward_image, net, accelerator=accelerator)
+
+    def criterion(outputs: Sequence[Tensor], label: Tensor) -> Tensor:
+        return ocr_loss(outputs, label, class_weights)[0]
+
+    # the loop
+    model = accelerator.wrap_ddp(accelerator.compile(net) if args.compile else net)
+    sampler = InfiniteSampler(
+        len(train_set), args.seed, accelerator.rank, accelerator.world_size, iteration * global_batch
+    )
+    batches = iter(DataLoader(
+        train_set, args.batch_size, sampler=sampler, num_workers=args.workers, pin_memory=device.type != "cpu",
+        worker_init_fn=init_worker,
+    ))  # fmt: skip
+    batch = [next(batches) for _ in range(args.accum_steps)]
+    signals, failure, stopped, confusion = catch_stop_signals(), None, False, None
+    bar = tqdm(total=args.max_iters, initial=iteration, unit="it", smoothing=0.05, disable=None if is_main else True)
+    losses, steps, waited, since = torch.zeros(3, device=device), 0, 0.0, time.perf_counter()
+    while not stopped:
+        if due(args.val_every) and iteration > validated:
+            began = time.perf_counter()
+            net.eval()
+            confusion, loss = evaluate(forward, val_set, len(table), accelerator, args.workers, criterion)
+            net.train()
+            validated, miou = iteration, confusion.mean_iou()
+            if miou > best:
+                best = miou
+                save("best.pt")
+            scores = {"mIoU": None if math.isnan(miou) else miou, "loss": loss}
+            log({"split": "val", "iter": iteration, **scores, "IoU": without_nan(table.names, confusion.iou())})
+            save("last.pt")
+            print0(
+                f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}, loss {loss:.4f}"
+            )
+            since += time.perf_counter() - began
+        if iteration == args.max_iters:
+            break
+
+        asked = time.perf_counter()
+        try:
+            next_batch = [next(batches) for _ in range(args.accum_steps)]
+        except (RuntimeError, InputError) as error:  # a data loader worker was killed, or a file is invalid
+            failure = error
+        waited += time.perf_counter() - asked
+        stop_requested = accelerator.any(bool(signals or failure))  # all ranks stop together, after this step
+        torch.manual_seed(random.Random(f"{args.seed} {iteration + 1} {accelerator.rank}").getrandbits(63))  # dropout
+        lr = poly_lr(args.lr, iteration, args.max_iters)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for micro_step, micro_batch in enumerate(batch, 1):
+            image, label = to_device(micro_batch, accelerator)  # (B, 3, H, W), (B, H, W)
+            model.require_backward_grad_sync = micro_step == args.accum_steps  # DDP: average gradients once
+            with accelerator.autocast():
+                outputs = model(image)  # logits, region_logits, (B, K, H, W) each
+            loss, parts = ocr_loss(outputs, label, class_weights)
+            del outputs  # the largest tensors; the backward pass does not need them
+            scaler.scale(loss / args.accum_steps).backward()
+            losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        batch, iteration, steps = next_batch, iteration + 1, steps + 1
+        bar.update()
+        stopped = stop_requested()
+
+        if due(args.log_every):
+            loss, final, aux = accelerator.sum(losses / (steps * accelerator.world_size)).tolist()
+            seconds = time.perf_counter() - since
+            speed, waiting = steps * global_batch / seconds, waited / seconds
+            entry = {"loss": loss, "loss_final": final, "loss_aux": aux, "lr": lr}
+            log({"split": "train", "iter": iteration, **entry, "images_per_s": speed, "waiting_for_data": waiting})
+            text = f"loss {loss:.4f}  lr {lr:.2e}  {speed:.1f} images/s  {waiting:.0%} waiting for data"
+            bar.set_postfix_str(text)
+            if bar.disable:  # no terminal
+                left = timedelta(seconds=round((args.max_iters - iteration) * seconds / steps))
+                print0(f"iter {iteration}/{args.max_iters}  {text}  {left} left")
+            if not math.isfinite(loss):
+                raise InputError(f"--lr {args.lr}: the loss is {loss}: try a lower one, or --no-amp; {last} stays")
+            losses, steps, waited, since = torch.zeros(3, device=device), 0, 0.0, time.perf_counter()
+        if due(args.save_every) or due(args.val_every) or stopped:
+            save("last.pt")
+
+    bar.close()
+    accelerator.barrier()  # the other ranks wait until rank 0 has written everything
+    if stopped:
+        print0(f"stopped after iteration {iteration}: continue with --resume")
+    elif is_main:
+        draw_figures(args.output_dir, net.eval(), val_set, confusion, accelerator)
+        files = ", ".join(sorted(path.name for path in args.output_dir.iterdir()))
+        print0(f"best mIoU {best:.2%}; wrote {args.output_dir}/: {files}")
+    accelerator.close()
+    if failure and not signals:
+        raise InputError(f"{failure}".strip().splitlines()[-1] + f" ({last} is saved: --resume continues)")
+    if stopped:
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # so a scheduler can tell a stopped run from a finished one
+
+
+def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """A batch of ``TrainDataset`` -> normalized images (B, 3, H, W) and labels int64 (B, H, W) on the device."""
+    image, label, photometric = (x.to(accelerator.device, non_blocking=True) for x in batch)
+    return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
+
+
+def count_classes(samples: Sequence[Sample], table: ClassTable) -> list[int]:
+    """Training pixels of each class, for --class-weights. Reads every label."""
+    counts = thread_map(
+        lambda sample: count_pixels(read_label(sample.label, table), len(table)), samples, desc="counting", disable=None
+    )
+    return sum(counts)[:-1].tolist()
+
+
+def describe(args: Namespace, accelerator: Accelerator, net: nn.Module, sizes: str, iteration: int, batch: int) -> None:
+    """Print what is trained, on what, and how. ``batch`` is the global batch."""
+    print0, (h, w) = accelerator.print0, args.crop_size
+    print0(f"{args.model}, head {args.head}: {sum(p.numel() for p in net.parameters()):,} parameters, on {accelerator}")
+    print0(f"{args.data_path}: {sizes}")
+    iterations = f"{args.max_iters:,} iterations" + (f" after {iteration:,}" if iteration else "")
+    print0(f"{iterations} of {batch} crops of {h}x{w}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
+    if batch != 8 and args.lr == RECIPE_LR:
+        print0(f"NOTE: --lr {RECIPE_LR} of the recipe is for a global batch of 8, found {batch}")
+    if not (args.weights or args.demo or iteration):
+        print0("WARNING: training from RANDOM weights; published scores start from ImageNet: --weights imagenet")
+
+
+def draw_figures(
+    folder: Path, net: nn.Module, val_set: EvalDataset, confusion: ConfusionMatrix | None, accelerator: Accelerator
+) -> None:
+    """curve.png, samples.png and, if this process has validated, scores.png."""
+    from ocrnet.plots import plot_curves, save_samples, save_scores  # only here: matplotlib is slow to import
+
+    plot_curves([read_log(folder)], folder / "curve.png")
+    samples = sample_predictions(partial(forward_image, net, accelerator=accelerator), val_set)
+    save_samples(folder / "samples.png", samples, val_set.table)
+    if confusion:
+        save_scores(folder / "scores.png", confusion, val_set.table, "last.pt")
+
+
 # fmt: off
 def parse_args() -> Namespace:
-    parser = make_parser(__doc__, usage="train.py [options]")
+    parser = make_parser(__doc__)
     group = parser.add_argument_group("model and data")
     group.add_argument("--demo", action="store_true", help="generated data and short settings, which flags override")
     group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
-    group.add_argument("--output-dir", type=Path, metavar="DIR", help="default: runs/MODEL, or runs/MODEL-fcn")
+    group.add_argument("--output-dir", type=Path, metavar="DIR", help="None: runs/MODEL, or runs/MODEL-fcn")
     group.add_argument("--model", choices=BACKBONES, default="hr18", help="backbone")
     group.add_argument("--head", choices=HEADS, default="ocr", help="fcn is a plain classifier")
     group.add_argument("--weights", metavar="FILE", help="initial weights: a file, imagenet, or a name of hub.py")
     group.add_argument("--resume", action="store_true", help="continue from last.pt in --output-dir, if it exists")
-    group.add_argument("--dry-run", action="store_true", help="print what would be trained and exit")
     group = parser.add_argument_group("recipe")
     group.add_argument("--max-iters", type=int, default=40_000, metavar="N", help="optimizer steps")
     group.add_argument("--batch-size", type=int, default=2, metavar="N", help="images per process")
     group.add_argument("--accum-steps", type=int, default=1, metavar="N", help="batches per optimizer step")
-    group.add_argument("--lr", type=float, default=0.01, metavar="X", help="learning rate for a global batch of 8")
-    group.add_argument("--min-lr", type=float, default=1e-4, metavar="X", help="learning rate at the end")
-    group.add_argument("--momentum", type=float, default=0.9, metavar="X", help="of SGD")
+    group.add_argument("--lr", type=float, default=RECIPE_LR, metavar="X", help="for a global batch of 8")
     group.add_argument("--weight-decay", type=float, default=5e-4, metavar="X", help="of SGD")
     group.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels")
     group.add_argument("--scale-range", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="sizes")
-    group.add_argument("--scale-step", type=float, default=0, metavar="X", help="MIN, MIN + X, ...; 0: any scale")
-    group.add_argument("--cat-max-ratio", type=float, default=0.75, metavar="R", help="of a class in a crop; 1: any")
     group.add_argument("--color-jitter", action=BooleanOptionalAction, default=True, help="photometric distortion")
-    group.add_argument("--class-weights", nargs="?", const="authors", choices=["authors", "auto"], help="in the loss")
-    group.add_argument("--avg-non-ignore", action="store_true", help="divide the loss by the pixels not ignored")
-    group.add_argument("--ohem", choices=OHEM, help="only hard pixels in the final loss, chosen as there")
-    group.add_argument("--head-init", choices=HEAD_INITS, default="mmsegmentation", help="authors: PyTorch's default")
-    group.add_argument("--dropout", type=float, metavar="P", help="before the classifier; default: HRNet 0, ResNet 0.1")
-    group.add_argument("--align-corners", action="store_true", help="resize feature maps as the authors do")
+    group.add_argument("--class-weights", choices=["auto"], help="weigh classes in the loss by their share of pixels")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, crops and dropout")
     group = parser.add_argument_group("device")
-    group.add_argument("--device", choices=DEVICES, help="default: the first that is available")
-    group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; default: not on CPUs without bf16")
-    group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="default: fp16; bf16 on CPUs and newer CUDA cards")
+    group.add_argument("--device", choices=DEVICES, help="None: the first that is available")
+    group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; None: not on CPUs without bf16")
+    group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="None: fp16; bf16 on CPUs and newer CUDA cards")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--workers", type=int, default=4, metavar="N", help="data loader workers per process")
-    group.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds to wait for another process")
     group = parser.add_argument_group("intervals, in iterations")
     group.add_argument("--val-every", type=int, default=4000, metavar="N", help="validation")
     group.add_argument("--save-every", type=int, default=4000, metavar="N", help="last.pt")
@@ -102,234 +311,11 @@ def parse_args() -> Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more, found {getattr(args, name)}")
     if not 0 < args.scale_range[0] <= args.scale_range[1]:
         parser.error(f"--scale-range: expected 0 < MIN <= MAX, found {args.scale_range[0]} {args.scale_range[1]}")
-    if args.scale_step < 0:
-        parser.error(f"--scale-step: expected 0 or more, found {args.scale_step}")
-    if not 0 < args.cat_max_ratio <= 1:
-        parser.error(f"--cat-max-ratio: expected more than 0, at most 1, found {args.cat_max_ratio}")
     if min(args.crop_size) < 32:
         parser.error(f"--crop-size: expected 32 or more, found {args.crop_size[0]} {args.crop_size[1]}")
     args.output_dir = args.output_dir or Path("runs") / (args.model + ("" if args.head == "ocr" else "-" + args.head))
     return args
 # fmt: on
-
-
-def build_data(args: Namespace, accelerator: Accelerator) -> Data:
-    """Find and check the data set. With --demo it is generated first."""
-    if args.demo and accelerator.is_main:
-        write_dataset(args.data_path)
-        write_missing_train_ids(args.data_path)
-    accelerator.barrier()
-    table = read_classes(args.data_path)
-    if args.class_weights == "authors" and table.names != CITYSCAPES.names:
-        raise InputError(f"--class-weights: expected auto, or Cityscapes' classes, found others in {args.data_path}")
-    train, val = find_samples(args.data_path, "train"), find_samples(args.data_path, "val")
-    shard = (train + val)[accelerator.rank :: accelerator.world_size]
-    counts = check_samples(shard, len(table), quiet=not accelerator.is_main)
-    accelerator.barrier()
-    of_train = len(train[accelerator.rank :: accelerator.world_size])  # these come first in the shard
-    class_weights = build_class_weights(args, table, counts[:of_train], accelerator)
-    train_set = TrainDataset(
-        train, args.crop_size, args.seed, args.scale_range, args.color_jitter, args.cat_max_ratio, args.scale_step
-    )
-    return Data(table, train_set, EvalDataset(val), class_weights)
-
-
-def build_class_weights(
-    args: Namespace, table: ClassTable, counts: np.ndarray, accelerator: Accelerator
-) -> Tensor | None:
-    """The weights in the loss, (K,) on the device. None without --class-weights.
-
-    Args:
-        counts: pixels per class, the ignored ones last, of this rank's training images, (N, K + 1).
-    """
-    if args.class_weights is None:
-        return None
-    weights = CLASS_WEIGHTS
-    if args.class_weights == "auto":
-        pixels = torch.from_numpy(counts.reshape(-1, len(table) + 1)[:, :-1].astype(np.int64)).sum(0)  # also for N = 0
-        weights = balanced_weights(sum_over_processes(pixels, accelerator.device).tolist())
-    return torch.tensor(weights, device=accelerator.device)
-
-
-def build_state(args: Namespace, num_classes: int, checkpoint: dict | None, accelerator: Accelerator) -> RunState:
-    """Model, optimizer and scaler: new, or as in the checkpoint."""
-    torch.manual_seed(args.seed)
-    if checkpoint:
-        model = restore_model(checkpoint, args.output_dir / "last.pt")
-    else:
-        model = build_model(args.model, num_classes, args.align_corners, args.dropout, head=args.head)
-        if args.head_init == "authors":
-            reset_parameters(model.head)
-        if args.weights:
-            path = find_weights(args.weights, accelerator, args.model)
-            accelerator.print0(f"{path}: {load_weights(model, path)}")
-    model = accelerator.convert_sync_bn(model).to(accelerator.device, memory_format=accelerator.memory_format)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    state = RunState(model, optimizer, accelerator.grad_scaler())
-    if checkpoint:
-        state.load_progress(checkpoint)
-    return state
-
-
-def describe(args: Namespace, state: RunState, data: Data, batch: int, accelerator: Accelerator) -> None:
-    """Print what is trained, on what, and how. ``batch`` is the global batch."""
-    print0, (h, w) = accelerator.print0, args.crop_size
-    parameters = sum(p.numel() for p in state.model.parameters())
-    precision = f"autocast {accelerator.amp_dtype}" if accelerator.amp else "fp32"
-    print0(f"{args.model}, head {args.head}: {parameters:,} parameters, on {accelerator}, {precision}")
-    print0(
-        f"{args.data_path}: {len(data.train)} training and {len(data.val)} validation images, {len(data.table)} classes"
-    )
-    iterations = f"{args.max_iters:,} iterations" + (f" after {state.iteration:,}" if state.iteration else "")
-    print0(f"{iterations} of {batch} crops of {h}x{w}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
-    if batch != 8 and not args.demo:
-        print0(f"NOTE: --lr 0.01 of the recipe is for a global batch of 8, found {batch}")
-    if not (args.weights or args.demo or state.iteration):
-        print0("WARNING: training from RANDOM weights; published scores start from an ImageNet HRNet: --weights FILE")
-
-
-def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """A batch of ``TrainDataset`` -> normalized images (B, 3, H, W) and labels int64 (B, H, W) on the device."""
-    image, label, photometric = (x.to(accelerator.device, non_blocking=True) for x in batch)
-    return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
-
-
-def train_step(
-    args: Namespace, state: RunState, model: nn.Module, data: Data, batches: Iterator, accelerator: Accelerator
-) -> tuple[Tensor, float]:
-    """One optimizer step over ``accum_steps`` batches.
-
-    Returns:
-        (loss, final loss, auxiliary loss), the mean of the batches, (3,) on the device; and seconds waited for data.
-    """
-    losses, waited = torch.zeros(3, device=accelerator.device), 0.0
-    for micro_step in range(args.accum_steps):
-        since = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - since
-        image, label = to_device(batch, accelerator)  # (B, 3, H, W), (B, H, W)
-        model.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP: average gradients once per step
-        with accelerator.autocast():
-            outputs = model(image)  # logits, region_logits, (B, K, H, W) each
-        loss, parts = ocr_loss(outputs, label, data.class_weights, args.ohem, args.avg_non_ignore)
-        del outputs  # the largest tensors; the backward pass does not need them
-        state.scaler.scale(loss / args.accum_steps).backward()
-        losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    return losses, waited
-
-
-def validate(args: Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder) -> None:
-    """Evaluate on val, log loss and scores, and write best.pt (if mIoU is the highest so far) and last.pt."""
-    losses = torch.zeros(3, dtype=torch.float64)  # loss, final loss, auxiliary loss: sums over this process's images
-
-    def add_loss(outputs: Sequence[Tensor], label: Tensor) -> None:
-        loss, parts = ocr_loss(outputs, label, data.class_weights, args.ohem, args.avg_non_ignore)
-        losses.add_(torch.cat([loss[None], parts]).cpu())
-
-    since = time.perf_counter()
-    confusion = evaluate(state.model, data.val, len(data.table), accelerator, None, args.workers, observe=add_loss)
-    speed = len(data.val) / (time.perf_counter() - since)
-    loss, final, aux = (sum_over_processes(losses, accelerator.device) / len(data.val)).tolist()
-    miou, state.confusion, state.validated = confusion.mean_iou(), confusion, state.iteration
-    if miou > state.best_miou:
-        state.best_miou = miou
-        folder.save("best.pt", state.state_dict())
-    iou, miou_or_none = without_nan(data.table.names, confusion.iou()), None if math.isnan(miou) else miou
-    folder.log({
-        "split": "val", "iter": state.iteration, "mIoU": miou_or_none, "loss": loss, "loss_final": final,
-        "loss_aux": aux, "images_per_s": speed, "IoU": iou,
-    })  # fmt: skip
-    folder.save("last.pt", state.state_dict())
-    accuracy = confusion.pixel_accuracy()
-    accelerator.print0(
-        f"iter {state.iteration}: mIoU {miou:.2%}, pixel accuracy {accuracy:.2%}, loss {loss:.4f}, {speed:.1f} images/s"
-    )
-
-
-def train(
-    args: Namespace, state: RunState, data: Data, accelerator: Accelerator, folder: RunFolder
-) -> signal.Signals | None:
-    """Train until --max-iters or a stop signal, which is returned."""
-    model = accelerator.wrap_ddp(accelerator.compile(state.model) if args.compile else state.model)
-    global_batch = args.batch_size * args.accum_steps * accelerator.world_size
-    start = state.iteration * global_batch  # images seen
-    sampler = InfiniteSampler(len(data.train), args.seed, accelerator.rank, accelerator.world_size, start)
-    pin_memory = accelerator.device.type != "cpu"
-    batches = iter(DataLoader(
-        data.train, args.batch_size, sampler=sampler, num_workers=args.workers, pin_memory=pin_memory,
-        worker_init_fn=ignore_signals_in_worker,
-    ))  # fmt: skip
-    progress = Progress(accelerator, state.iteration, args.max_iters, global_batch)
-    stop, stopped = StopSignal(), None
-    state.model.train()
-
-    def due(every: int) -> bool:
-        return state.iteration % every == 0 or state.iteration == args.max_iters
-
-    if due(args.val_every) and state.iteration > state.validated:  # the run was stopped before this validation
-        validate(args, state, data, accelerator, folder)
-    while state.iteration < args.max_iters and not stopped:
-        # all ranks stop together; the sum is read after the step, as reading waits for the device
-        stop_requested = accelerator.sum(stop.requested(accelerator.is_orphan()).to(accelerator.device))
-        # dropout depends on seed, iteration and rank only, so checkpoints need no generator state
-        torch.manual_seed(random.Random(f"{args.seed} {state.iteration + 1} {accelerator.rank}").getrandbits(63))
-        lr = poly_lr(args.lr, state.iteration, args.max_iters, args.min_lr)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        losses, waited = train_step(args, state, model, data, batches, accelerator)
-        progress.update(losses, waited)
-        state.iteration += 1
-
-        if stop_requested.item() > 0:
-            stopped = stop.received or signal.SIGTERM
-        saving = due(args.save_every) or due(args.val_every) or stopped
-        if saving or due(args.log_every):
-            entry = progress.entry(state.iteration, lr)
-            if not math.isfinite(entry["loss"]):  # before anything is saved
-                raise InputError(f"--lr {args.lr}: the loss is {entry['loss']}: try a lower one, or --no-amp")
-            folder.log(entry)
-        if saving:
-            folder.save("last.pt", state.state_dict())
-            if due(args.val_every) and not stopped:
-                validate(args, state, data, accelerator, folder)
-            progress.restart()  # the reported speed is that of training
-    progress.close()
-    return stopped
-
-
-def main() -> None:
-    args = parse_args()
-    accelerator = Accelerator(args.device, args.amp, args.amp_dtype, args.timeout)
-    print0 = accelerator.print0
-    checkpoint = load_last(args.output_dir, args.resume, accelerator)
-    data = build_data(args, accelerator)
-    settings = run_settings(args, data.table, len(data.train), accelerator)
-    if checkpoint:
-        for note in check_resumable(checkpoint, settings, args.output_dir / "last.pt"):
-            print0(f"NOTE: {note}")
-    state = build_state(args, len(data.table), checkpoint, accelerator)
-    describe(args, state, data, settings["global_batch"], accelerator)
-    if args.dry_run:
-        return accelerator.close()
-    entries = {"classes": data.table.rows(), "settings": settings}
-    folder = RunFolder(args.output_dir, accelerator.is_main, entries, state.iteration, state.validated)
-    stopped = train(args, state, data, accelerator, folder)
-    accelerator.barrier()  # the other ranks wait until rank 0 has written everything
-    if stopped:
-        print0(f"stopped by {stopped.name} after iteration {state.iteration}: continue with --resume")
-    elif accelerator.is_main:
-        draw_run(args.output_dir, state, data, accelerator)
-        if args.demo:
-            baseline = baseline_of(data.train.samples, data.val.samples, len(data.table)).mean_iou()
-            print0(f"without looking at the image, the most frequent class of each row has mIoU {baseline:.2%}")
-        names = ", ".join(sorted(path.name for path in args.output_dir.iterdir()))
-        print0(f"best mIoU {state.best_miou:.2%}; wrote {args.output_dir}/: {names}")
-    accelerator.close()
-    if stopped:
-        sys.exit(128 + stopped)  # as shells report signals, so a scheduler can tell a stopped run from a finished one
 
 
 if __name__ == "__main__":

@@ -1,1 +1,5 @@
-"""OCRNet (object-contextual representations on HRNet) for semantic segmentation, in plain PyTorch."""
+"""OCRNet in plain PyTorch: models, data, and what training and evaluation need around them."""
+
+
+class InputError(ValueError):
+    """User-facing error, printed without a traceback. Names the file or flag, what was expected and what was found."""

@@ -1,55 +1,67 @@
-"""Checkpoints: written atomically, read without running code.
+"""Checkpoints: whole or absent, read without running code; and what must match when a run resumes.
 
 A checkpoint holds CPU tensors and plain Python only:
 
 {"model": state_dict, "config": arguments of build_model, "classes": rows of classes.json, "iter": optimizer steps,
  "validated": iteration of the last validation, "best": best mIoU, "optimizer": state_dict, "scaler": state_dict,
- "settings": flags and what else a resumed run is compared with, see run.py}
+ "settings": the flags of train.py and what else a resumed run is compared with}
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from . import InputError
 from .data.classes import ClassTable, classes_from_meta
-from .errors import InputError
-from .files import atomic_write
 from .models import OCRNet, build_model
 from .models.weights import build_from_checkpoint, check_finite, read_file
 
+# Settings that a resumed run must have in common with its checkpoint. Others may differ, which is printed.
+MUST_MATCH = ("model", "head", "classes", "train_images", "global_batch", "max_iters", "seed")
 
-def to_cpu(state: object) -> object:
-    """A copy of nested dicts, lists and values with its tensors on the CPU."""
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on failure.
+
+    At any moment ``path`` is the complete old file or the complete new one.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_cpu(state: Any) -> Any:
+    """Nested dicts, lists and values with their tensors on the CPU."""
     if isinstance(state, torch.Tensor):
         return state.cpu()
     if isinstance(state, dict):
         return {key: to_cpu(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(to_cpu(value) for value in state)
-    return state
+    return [to_cpu(value) for value in state] if isinstance(state, list) else state
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint atomically and flush it to the disk.
+    """Write a checkpoint atomically.
 
     Raises:
-        InputError: it cannot be written, as on a full disk. The old file stays.
+        InputError: a weight is nan or infinite, or the file cannot be written. The old file stays.
     """
-    path = Path(path)
+    state = to_cpu(state)
+    check_finite(state["model"], f"{path} was not written, the last one stays: try a lower --lr, or --no-amp")
     try:
         with atomic_write(path) as part, open(part, "wb") as file:
-            torch.save(to_cpu(state), file)
+            torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())
-        if os.name == "posix":  # flush the rename, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            os.fsync(file.fileno())  # before the rename
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a failed write
-        kept = "the last one is complete" if path.exists() else "there is none yet"
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: the checkpoint could not be written, {kept} ({reason})") from error
+        raise InputError(f"{path}: cannot be written, the last one stays ({str(error).splitlines()[0]})") from None
 
 
 def is_checkpoint(state: object) -> bool:
@@ -57,19 +69,19 @@ def is_checkpoint(state: object) -> bool:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint of this project onto the CPU.
+    """Read the checkpoint of a run onto the CPU.
 
     Raises:
-        InputError: the file cannot be read, or is not a checkpoint of this project.
+        InputError: the file cannot be read, or holds no run.
     """
     state = read_file(path)
-    if not is_checkpoint(state):
-        raise InputError(f"{path}: expected a checkpoint of this project with entries 'model' and 'config'")
+    if not is_checkpoint(state) or "optimizer" not in state:
+        raise InputError(f"{path}: expected the last.pt of a run; start from other weights with --weights")
     return state
 
 
 def restore_model(state: dict, path: Path) -> OCRNet:
-    """Build the model of a checkpoint, with its weights. ``path`` is for errors.
+    """Build the model of a checkpoint, with its weights in float32. ``path`` is for errors.
 
     Raises:
         InputError: 'model' and 'config' do not fit, or a tensor is nan or infinite.
@@ -79,19 +91,35 @@ def restore_model(state: dict, path: Path) -> OCRNet:
         model.load_state_dict(state["model"], assign=True)  # with their memory format, which affects the last bit
         model.float()  # half-precision tensors
     except (InputError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: its tensors do not fit its 'config' ({reason})") from None
+        raise InputError(f"{path}: its tensors do not fit its 'config' ({str(error).splitlines()[0]})") from None
     check_finite(model.state_dict(), path)
     return model
 
 
-def load_model(path: Path) -> tuple[OCRNet, ClassTable | None]:
-    """The model of a file in evaluation mode, and its classes if the file has them.
+def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
+    """The model of a file or of a name of hub.py in evaluation mode, and its classes if the file has them.
 
     Accepts checkpoints of this project, and whole OCRNets of mmsegmentation and of the authors.
     """
-    state = read_file(path)
+    state = read_file(source)
     if not is_checkpoint(state):
-        return build_from_checkpoint(path).eval(), classes_from_meta(state, str(path))
-    table = ClassTable.from_rows(state["classes"], str(path)) if "classes" in state else None
-    return restore_model(state, path).eval(), table
+        return build_from_checkpoint(state, source).eval(), classes_from_meta(state, str(source))
+    table = ClassTable.from_rows(state["classes"], str(source)) if "classes" in state else None
+    return restore_model(state, source).eval(), table
+
+
+def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
+    """Compare the settings of the checkpoint ``path`` with those of the run that resumes it.
+
+    Returns:
+        A sentence for each setting that differs.
+
+    Raises:
+        InputError: a setting of ``MUST_MATCH`` differs.
+    """
+    saved = checkpoint["settings"]
+    different = [name for name in settings if settings[name] != saved.get(name)]
+    for name in MUST_MATCH:
+        if name in different:
+            raise InputError(f"--resume: expected {name} {saved.get(name)} as in {path}, found {settings[name]}")
+    return [f"{name} is {settings[name]}, it was {saved.get(name)}" for name in different]

@@ -8,29 +8,26 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import sys
 import time
-import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.rendezvous import rendezvous
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from .errors import InputError
+from . import InputError
 from .sync_bn import convert_sync_bn
 
 
 class DeviceSpec(NamedTuple):
     backend: str  # of the process group
-    amp_dtype: torch.dtype  # of autocast, see also Accelerator.default_amp_dtype
+    amp_dtype: torch.dtype  # of autocast; bf16 on CUDA cards of compute capability 8.0 or more
     amp: bool  # default of --amp
-    plugin: str | None  # package that adds the device
-    sync_bn: bool  # whether torch.nn.SyncBatchNorm supports it
     compiler: str  # backend of torch.compile
-    exact_sums: bool  # whether it is known to add int64 and float64 exactly
 
 
 def cpu_has_bf16() -> bool:
@@ -41,20 +38,17 @@ def cpu_has_bf16() -> bool:
 
 # In order of preference.
 DEVICES = {
-    "sdaa": DeviceSpec("tccl", torch.float16, True, "torch_sdaa", False, "teco_inductor", False),
-    "cuda": DeviceSpec("nccl", torch.float16, True, None, True, "inductor", True),
-    "cpu": DeviceSpec("gloo", torch.bfloat16, cpu_has_bf16(), None, False, "inductor", True),
+    "sdaa": DeviceSpec("tccl", torch.float16, True, "teco_inductor"),
+    "cuda": DeviceSpec("nccl", torch.float16, True, "inductor"),
+    "cpu": DeviceSpec("gloo", torch.bfloat16, cpu_has_bf16(), "inductor"),
 }
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def is_available(name: str) -> bool:
-    """Whether a device of ``DEVICES`` can be used here. Imports its plugin."""
-    if name == "cpu":
-        return True
-    plugin = DEVICES[name].plugin
-    if plugin and importlib.util.find_spec(plugin):
-        importlib.import_module(plugin)
+    """Whether a device of ``DEVICES`` can be used here. Imports the package that adds it."""
+    if name == "sdaa" and importlib.util.find_spec("torch_sdaa"):
+        importlib.import_module("torch_sdaa")
     return hasattr(torch, name) and getattr(torch, name).is_available()
 
 
@@ -73,28 +67,6 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at its top that is kept
 
 
-def isolated_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """The part of ``store`` that belongs to the processes of this start.
-
-    Since torch 2.5 torchrun keeps one store over restarts, with the addresses of dead processes, and
-    TORCHELASTIC_RESTART_COUNT differs between hosts (https://github.com/pytorch/pytorch/issues/135712). Here each
-    process writes a new name, reads all names and joins that list. A list that all have joined has no dead process.
-
-    Raises:
-        dist.DistError: a process did not join within the store's timeout.
-    """
-    end = time.monotonic() + store.timeout.total_seconds()
-    store.set(f"process {rank}", uuid.uuid4().hex)
-    joined = None
-    while time.monotonic() < end:
-        names = " ".join(store.get(f"process {r}").decode() for r in range(world_size))
-        if store.add(names, int(names != joined)) == world_size:
-            return dist.PrefixStore(names, store)
-        joined = names
-        time.sleep(0.02)
-    raise dist.DistError("not all processes joined")
-
-
 class Accelerator:
     """The device of this process, and its place among the processes that torchrun started.
 
@@ -102,7 +74,6 @@ class Accelerator:
         device: torch.device of this process.
         rank, local_rank, world_size: among all processes, among those of this host, and their number. Without
             torchrun 0, 0 and 1.
-        spec: of ``DEVICES``.
         amp, amp_dtype: whether autocast is on, and its type.
         memory_format: of the images and the model in training.
 
@@ -110,61 +81,49 @@ class Accelerator:
         name: of ``DEVICES``. None for the first that is available.
         amp: mixed precision. None for the device's default.
         amp_dtype: "fp16" or "bf16". None for the device's default.
-        timeout: seconds to wait for another process.
 
     Raises:
         InputError: the device is not available, or this host has fewer of them than processes.
     """
 
-    def __init__(
-        self, name: str | None = None, amp: bool | None = None, amp_dtype: str | None = None, timeout: float = 600
-    ):
-        available = [other for other in DEVICES if name in (None, other) and is_available(other)]
-        if not available:
-            expected = ", ".join(filter(is_available, DEVICES))
-            raise InputError(f"--device {name}: expected one of {expected}, or no --device")
-        name = available[0]
+    def __init__(self, name: str | None = None, amp: bool | None = None, amp_dtype: str | None = None):
+        if name and not is_available(name):
+            raise InputError(f"--device {name}: expected one of {', '.join(filter(is_available, DEVICES))}")
+        name = name or next(filter(is_available, DEVICES))
         self.spec = DEVICES[name]
-        self.amp = self.spec.amp if amp is None else amp
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.parent = os.getppid()
-        self.local_rank = local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        # With AVX2 only, oneDNN's weight gradient is slow in channels_last: a step of hr18 takes 9.0 s instead of 6.6
-        # (one 512x1024 crop, fp32, 2 cores of an AMD EPYC, torch 2.14.1).
-        slow = name == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        self.memory_format = torch.contiguous_format if slow else torch.channels_last
-        self.module = getattr(torch, name)  # torch.cuda, torch.sdaa, torch.cpu
+        self.module = getattr(torch, name)  # torch.sdaa, torch.cuda, torch.cpu
+        self.rank, self.local_rank, self.world_size = 0, 0, 1
+        if "RANK" in os.environ:  # started by torchrun, also with one process
+            self.rank, self.local_rank, self.world_size = (
+                int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+            )
         if name == "cpu":
             self.device = torch.device("cpu")
             keep_freed_memory()
         else:
-            count = self.module.device_count()
-            if local_rank >= count:
-                raise InputError(f"--device {name}: expected at most {count} processes on this host, one per device")
-            self.device = torch.device(name, local_rank)
-            self.module.set_device(local_rank)  # before the process group, as tccl requires
-        self.amp_dtype = AMP_DTYPES[amp_dtype] if amp_dtype else self.default_amp_dtype()
-        if "RANK" in os.environ:  # started by torchrun, also with one process
-            limit = timedelta(seconds=timeout)
-            store, rank, size = next(rendezvous("env://", timeout=limit))
-            store = isolated_store(store, rank, size)
-            dist.init_process_group(self.spec.backend, store=store, rank=rank, world_size=size, timeout=limit)
+            if self.local_rank >= self.module.device_count():
+                raise InputError(f"--device {name}: expected at most {self.module.device_count()} processes, one each")
+            self.device = torch.device(name, self.local_rank)
+            self.module.set_device(self.local_rank)  # before the process group, as tccl requires
+        if "RANK" in os.environ:
+            dist.init_process_group(self.spec.backend, timeout=timedelta(minutes=10))
 
-    def default_amp_dtype(self) -> torch.dtype:
-        """bf16, which needs no loss scaling, on CUDA cards of compute capability 8.0 or more; else that of ``spec``."""
-        has_bf16 = self.device.type == "cuda" and self.module.get_device_capability(self.device) >= (8, 0)
-        return torch.bfloat16 if has_bf16 else self.spec.amp_dtype
+        has_bf16 = name == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        default = torch.bfloat16 if has_bf16 else self.spec.amp_dtype
+        self.amp_dtype = AMP_DTYPES[amp_dtype] if amp_dtype else default
+        self.amp = self.spec.amp if amp is None else amp
+        # With AVX2 only, oneDNN's weight gradient is slow in channels_last: a step of hr18 takes 9.0 s instead of 6.6
+        # (one 512x1024 crop, fp32, 2 cores of an AMD EPYC, torch 2.14.1).
+        slow = name == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        self.memory_format = torch.contiguous_format if slow else torch.channels_last
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which writes and prints."""
-        return self.rank == 0
+    def __str__(self) -> str:
+        cpu = self.device.type == "cpu"
+        name = f"{torch.get_num_threads()} threads" if cpu else self.module.get_device_name(self.device)
+        precision = f"autocast {self.amp_dtype}" if self.amp else "fp32"
+        return f"{self.world_size} x {self.device.type} ({name}), {precision}"
 
-    def print0(self, text: str) -> None:
-        """Print on rank 0, above the progress bar."""
-        if self.is_main:
-            tqdm.write(text)
+    # ---- precision and wrappers ----
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp)
@@ -172,7 +131,7 @@ class Accelerator:
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, which fp16 needs as small gradients would become 0. Disabled for other types."""
         enabled = self.amp and self.amp_dtype == torch.float16
-        if self.spec.plugin:
+        if self.device.type == "sdaa":
             return self.module.amp.GradScaler(enabled=enabled)
         return torch.amp.GradScaler(self.device.type, enabled=enabled)
 
@@ -180,10 +139,12 @@ class Accelerator:
         """The model, compiled by torch.compile. Its parameters are shared."""
         return torch.compile(model, backend=self.spec.compiler)
 
-    @property
-    def metric_device(self) -> torch.device:
-        """Where pixels are counted: on the device if its int64 and float64 sums are known to be exact, else the CPU."""
-        return self.device if self.spec.exact_sums else torch.device("cpu")
+    def convert_sync_bn(self, model: nn.Module) -> nn.Module:
+        """The model with synchronized BatchNorm, under torchrun: PyTorch's, which has CUDA kernels only, or ours."""
+        if not dist.is_initialized():
+            return model
+        cuda = self.device.type == "cuda"
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else convert_sync_bn(model)
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """The model in DistributedDataParallel, under torchrun."""
@@ -192,21 +153,63 @@ class Accelerator:
         device_ids = None if self.device.type == "cpu" else [self.device.index]
         return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 
-    def convert_sync_bn(self, model: nn.Module) -> nn.Module:
-        """The model with synchronized BatchNorm, under torchrun: PyTorch's where the device supports it."""
-        if not dist.is_initialized():
-            return model
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.spec.sync_bn else convert_sync_bn(model)
+    # ---- between processes ----
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self.sum(torch.zeros(1, device=self.device)).item()  # reading waits for the device
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
+        return self.rank == 0
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of ``x`` over all processes, in place. Asynchronous on a device until it is read."""
+    def print0(self, text: str) -> None:
+        """Print on rank 0, above the progress bar. A closed pipe (``| head``) does not end the run."""
+        if self.is_main:
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all processes of a float32 tensor on the device, in place."""
         if dist.is_initialized():
             dist.all_reduce(x)
         return x
+
+    def sum_exact(self, x: Tensor) -> Tensor:
+        """The sum over all processes of an int64 or float64 tensor, on the CPU.
+
+        The bits are gathered as int64 and added on the CPU, as SDAA may have no exact addition of these types.
+        """
+        if not dist.is_initialized():
+            return x.cpu()
+        words = x.view(torch.int64).to(self.device)
+        parts = [torch.empty_like(words) for _ in range(self.world_size)]
+        dist.all_gather(parts, words)
+        return torch.stack([part.cpu().view(x.dtype) for part in parts]).sum(0)
+
+    def any(self, value: bool) -> Callable[[], bool]:
+        """Ask whether ``value`` is true in any process. Call the result for the answer.
+
+        The answer does not wait for what the device is given between asking and calling.
+        """
+        if not dist.is_initialized():
+            return lambda: value
+        flag = self.sum(torch.full((1,), float(value), device=self.device))
+        if self.device.type == "cpu":
+            return lambda: flag.item() > 0
+        flag = flag.to("cpu", non_blocking=True)
+        copied = self.module.Event()
+        copied.record()
+
+        def answer() -> bool:
+            copied.synchronize()
+            return flag.item() > 0
+
+        return answer
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.any(False)()
 
     def broadcast(self, value: object) -> object:
         """Rank 0's value: CPU tensors and plain Python."""
@@ -215,10 +218,6 @@ class Accelerator:
             dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
-    def is_orphan(self) -> bool:
-        """Whether the torchrun that started this process is gone."""
-        return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
-
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
@@ -226,7 +225,3 @@ class Accelerator:
             # and waits for that thread. Without the pause torch 2.4 sometimes deadlocks.
             time.sleep(0.2)
             dist.destroy_process_group()
-
-    def __str__(self) -> str:
-        name = "" if self.device.type == "cpu" else f" ({self.module.get_device_name(self.device.index)})"
-        return f"{self.device.type}{name}, {self.world_size} process{'es' if self.world_size > 1 else ''}"

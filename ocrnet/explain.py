@@ -12,14 +12,12 @@ import torch
 from matplotlib.colors import LogNorm
 from torch import Tensor, nn
 
+from . import InputError
 from .data.classes import IGNORE_INDEX, ClassTable, read_classes
-from .data.images import read_image, read_label, to_tensor
-from .data.layout import find_sample
-from .data.train_ids import class_counts
+from .data.datasets import find_sample_of, read_image, read_sample, to_tensor
 from .device import Accelerator
-from .errors import InputError
 from .inference import forward_image, list_images, rank_shard
-from .visualize import class_legend, draw_matrix, error_map, image_axes, plt, show_images
+from .plots import IGNORED, class_legend, draw_matrix, error_map, image_axes, plt, show_images
 
 CORRECTED, BROKEN = (0, 150, 0), (220, 0, 0)  # green, red
 
@@ -52,17 +50,12 @@ def explain(model: nn.Module, image: Tensor, accelerator: Accelerator) -> Explan
 
 
 def explain_images(
-    model: nn.Module,
-    paths: Sequence[Path],
-    folder: Path,
-    table: ClassTable,
-    accelerator: Accelerator,
-    pixels: Sequence[tuple[int, int]] = (),
+    model: nn.Module, paths: Sequence[Path], folder: Path, table: ClassTable, accelerator: Accelerator
 ) -> None:
-    """Write the figures of ``save_explanation`` for image files, or the images in folders, to ``folder``.
+    """Write a figure per step for image files, or the images in folders: ``NAME_1_regions.png`` and so on.
 
     Raises:
-        InputError: the model has no OCR head, an image is invalid, or a pixel is outside of it.
+        InputError: the model has no OCR head, or an image is invalid.
     """
     if model.config["head"] != "ocr":
         raise InputError(f"--explain: expected a model with head ocr, found {model.config['head']}: use --save")
@@ -70,61 +63,37 @@ def explain_images(
     folder.mkdir(parents=True, exist_ok=True)
     for path in rank_shard(images, accelerator, "explaining"):
         image = read_image(path)
-        for x, y in pixels:
-            if not (0 <= x < image.width and 0 <= y < image.height):
-                raise InputError(f"--pixel {x} {y}: expected a pixel of {path}, which is {image.width}x{image.height}")
-        explanation = explain(model, to_tensor(image), accelerator)
-        prefix = str(folder / path.stem)
-        save_explanation(prefix, np.asarray(image), explanation, table, pixels, find_label(path, table))
+        m, f, w, aux, final = explain(model, to_tensor(image), accelerator)
+        image, confidence = np.asarray(image), final.amax(0).numpy()
+        aux, final = aux.argmax(0).numpy(), final.argmax(0).numpy()
+        figures = {
+            "1_regions": draw_regions(image, m.numpy(), table),
+            "2_representations": draw_representations(f.numpy(), table),
+            "3_relation": draw_relation(image, w.numpy(), final, confidence, table),
+            "4_segmentations": draw_segmentations(image, aux, final, confidence, table),
+        }
+        label = find_label(path, table)
+        if label is not None:
+            figures["5_errors"] = draw_errors(label, aux, final, table)
+        for name, fig in figures.items():
+            fig.savefig(folder / f"{path.stem}_{name}.png", dpi=100)
+            plt.close(fig)
     accelerator.print0(f"{len(images)} images explained in {folder}: NAME_1_regions.png and so on")
 
 
 def find_label(path: Path, table: ClassTable) -> np.ndarray | None:
-    """The checked label (H, W) of an image in a data set with these classes. None for other images."""
-    found = find_sample(path)
+    """The train ids (H, W) of an image in a data set with these classes. None for other images."""
+    found = find_sample_of(path)
     if found is None or read_classes(found[1]).names != table.names:
         return None
-    sample = found[0]
-    class_counts(sample, len(table))
-    return np.asarray(read_label(sample.label))
+    return read_sample(found[0], read_classes(found[1]))[1]
 
 
-def save_explanation(
-    prefix: str,
-    image: np.ndarray,
-    explanation: Explanation,
-    table: ClassTable,
-    pixels: Sequence[tuple[int, int]] = (),
-    label: np.ndarray | None = None,
-) -> list[Path]:
-    """Write one figure per step, ``PREFIX_1_regions.png`` and so on. Return their paths.
-
-    Args:
-        image: uint8 (H, W, 3).
-        pixels: (x, y) whose relations are drawn. Empty for the most confident pixel of each class.
-        label: (H, W), for the errors.
-    """
-    aux, final = explanation.aux.argmax(0).numpy(), explanation.final.argmax(0).numpy()
-    confidence = explanation.final.amax(0).numpy()
-    pixels = list(pixels) or most_confident_pixels(final, confidence)
-    figures = {
-        "1_regions": draw_regions(image, explanation.m.numpy(), table),
-        "2_representations": draw_representations(explanation.f.numpy(), table),
-        "3_relation": draw_relation(image, explanation.w.numpy(), final, pixels, table),
-        "4_segmentations": draw_segmentations(image, aux, final, confidence, table),
-    }
-    if label is not None:
-        figures["5_errors"] = draw_errors(label, aux, final, table)
-    for name, fig in figures.items():
-        fig.savefig(f"{prefix}_{name}.png", dpi=100)
-        plt.close(fig)
-    return [Path(f"{prefix}_{name}.png") for name in figures]
-
-
-def most_confident_pixels(final: np.ndarray, confidence: np.ndarray) -> list[tuple[int, int]]:
-    """(x, y) of the most confident pixel of each predicted class."""
+def most_confident_pixels(final: np.ndarray, confidence: np.ndarray, count: int = 20) -> list[tuple[int, int]]:
+    """(x, y) of the most confident pixel of each predicted class, of at most ``count``, the frequent ones."""
+    classes, shares = np.unique(final, return_counts=True)
     pixels = []
-    for k in np.unique(final):
+    for k in sorted(classes[np.argsort(-shares)][:count]):
         y, x = np.unravel_index(np.where(final == k, confidence, -1).argmax(), final.shape)
         pixels.append((int(x), int(y)))
     return pixels
@@ -156,9 +125,10 @@ def draw_representations(f: np.ndarray, table: ClassTable) -> plt.Figure:
 
 
 def draw_relation(
-    image: np.ndarray, w: np.ndarray, final: np.ndarray, pixels: Sequence[tuple[int, int]], table: ClassTable
+    image: np.ndarray, w: np.ndarray, final: np.ndarray, confidence: np.ndarray, table: ClassTable
 ) -> plt.Figure:
-    """Pixel-region relation (K, h, w) of some pixels: rows are pixels, columns regions."""
+    """Pixel-region relation (K, h, w) of the most confident pixel of each class: rows are pixels, columns regions."""
+    pixels = most_confident_pixels(final, confidence)
     size = (16, 0.6 + max(4.5, 0.36 * len(pixels) + 2))
     fig, (where, matrix) = plt.subplots(1, 2, figsize=size, width_ratios=[1, 1.15], layout="constrained")
     where.imshow(image)
@@ -170,9 +140,12 @@ def draw_relation(
         i, j = y * w.shape[1] // image.shape[0], x * w.shape[2] // image.shape[1]
         rows.append(w[:, i, j])
         names.append(f"{number}: {table.names[final[y, x]]} ({x}, {y})")
-    drawn = draw_matrix(matrix, np.array(rows), names, table.names, 1, "{:.2f}", "magma")
+    top = float(np.max(rows))  # not 1: a nearly uniform relation would look black
+    drawn = draw_matrix(matrix, np.array(rows), names, table.names, top, "{:.2f}", "magma")
     matrix.set(xlabel="region", ylabel="pixel: its prediction (x, y)")
-    fig.colorbar(drawn, ax=matrix, label="w, the pixel's relation to the region; a row sums to 1")
+    bar = fig.colorbar(drawn, ax=matrix, label="w, the pixel's relation to the region; a row sums to 1")
+    bar.ax.axhline(1 / len(table), color="cyan")
+    bar.ax.text(-0.3, 1 / len(table), "1/K", color="darkcyan", ha="right", va="center")
     fig.suptitle("3. Pixel-region relation: the regions that a pixel takes its context from")
     return fig
 
@@ -202,11 +175,11 @@ def draw_errors(label: np.ndarray, aux: np.ndarray, final: np.ndarray, table: Cl
     change = np.full((*label.shape, 3), 255, np.uint8)
     change[right & ~was_right] = CORRECTED
     change[~right & was_right] = BROKEN
-    change[~valid] = 0
+    change[~valid] = IGNORED
     share = [x[valid].mean() if valid.any() else np.nan for x in (right, right & ~was_right, ~right & was_right)]
     fig, axes = image_axes(label, 2, 2, 6.5, 1.2)
     maps = {
-        "label (black: ignored)": table.palette[label],
+        "label": table.palette[label],
         f"final: {share[0]:.1%} of the valid pixels are right": table.palette[final],
         "errors, in the color of the prediction": error_map(label, final, table),
         f"the context corrected {share[1]:.1%} (green), broke {share[2]:.1%} (red)": change,

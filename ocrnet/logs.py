@@ -1,6 +1,7 @@
 """Reading training logs: this project's log.jsonl, and the text logs of mmengine (mmsegmentation 1.x)."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import InputError
+from . import InputError
+from .checkpoint import atomic_write
 
 
 class Log(NamedTuple):
@@ -36,37 +38,52 @@ def read_log(path: Path) -> Log:
     name = folders[0].name if path.suffix == ".jsonl" else path.stem
     if re.fullmatch(r"\d{8}_\d{6}", name) and len(folders) > 1:  # WORK_DIR/20240501_100000/20240501_100000.log
         name = folders[1].name
-    train, val = [], []
+    train, val = {}, {}  # iteration -> entry; of an iteration that was repeated the last counts
     for line in lines:
-        entry = parse_json_line(line) if line.startswith("{") else parse_mmengine_line(line, train)
-        if entry.get("split") and entry.get("mIoU", 0) is not None:  # None: no valid pixels
-            (train if entry["split"] == "train" else val).append(entry)
+        entry = parse_json_line(line) or parse_mmengine_line(line, max(train, default=0))
+        if entry.get("split") == "train":
+            train[entry["iter"]] = entry
+        elif entry.get("split") == "val" and entry.get("mIoU") is not None:  # None: no valid pixels
+            val[entry["iter"]] = entry
     if not train and not val:
         raise InputError(f"{path}: expected log.jsonl, or mmengine's lines 'Iter(train) [ 50/40000] ... loss: ...'")
-    return Log(name, train, val)
+    return Log(name, *([entries[key] for key in sorted(entries)] for entries in (train, val)))
 
 
 def parse_json_line(line: str) -> dict:
-    """A line of log.jsonl. {} if it is incomplete, as after a crash."""
+    """A line of log.jsonl. {} if it is something else or damaged."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        entry = json.loads(line)
+    except ValueError:
         return {}
+    return entry if isinstance(entry, dict) and type(entry.get("iter")) is int else {}
 
 
-def parse_mmengine_line(line: str, train: list[dict]) -> dict:
+def parse_mmengine_line(line: str, last: int) -> dict:
     """'Iter(train) [ 1435/40000] lr: 9.7e-03 ... loss: 0.6168 ...' or 'Iter(val) [500/500] ... mIoU: 76.61 ...'.
 
-    A validation line counts images, so its iteration is that of the last training line.
+    A validation line counts images, so its iteration is ``last``, that of the last training line.
     """
-    values = {key: float(value) for key, value in re.findall(r"(\w+): ([-+.\deE]+|nan|inf)(?=\s|$)", line)}
+    values = {
+        key: float(value)
+        for key, value in re.findall(r"(\w+): ([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))(?=\s|$)", line)
+    }
     iteration = re.search(r"Iter\(train\)\s*\[\s*(\d+)\s*/\s*\d+\]", line)
     if iteration and "loss" in values:
         lr = values.get("lr", float("nan"))
         return {"split": "train", "iter": int(iteration[1]), "loss": values["loss"], "lr": lr}
-    if "mIoU" in values and train:
-        return {"split": "val", "iter": train[-1]["iter"], "mIoU": values["mIoU"] / 100}
+    if "mIoU" in values and last:
+        return {"split": "val", "iter": last, "mIoU": values["mIoU"] / 100}
     return {}
+
+
+def trim_log(path: Path, iteration: int) -> None:
+    """Drop the entries of a log.jsonl after ``iteration``, which a resumed run repeats, and damaged lines."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and parse_json_line(line).get("iter", math.inf) <= iteration]
+    if kept != lines:
+        with atomic_write(path) as part:
+            part.write_text("".join(kept))
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:

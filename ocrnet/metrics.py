@@ -1,31 +1,12 @@
-"""IoU, as cityscapesScripts' evalPixelLevelSemanticLabeling defines it. For iIoU see instance_iou.py.
+"""IoU, as cityscapesScripts' evalPixelLevelSemanticLabeling defines it.
 
-Notation: K classes, H W an image's size.
+Notation: K classes.
 """
 
-from collections.abc import Iterable, Sequence
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .data.classes import IGNORE_INDEX
-
-
-def sum_over_processes(x: Tensor, device: torch.device | None = None) -> Tensor:
-    """The exact sum of an int64 or float64 tensor over all processes.
-
-    The numbers are gathered and added on the CPU, as a device may have no exact int64 or float64 addition (SDAA).
-
-    Args:
-        device: of the process group. None for that of x.
-    """
-    if not dist.is_initialized():
-        return x
-    words = x.view(torch.int64).to(device or x.device)
-    parts = [torch.empty_like(words) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, words)
-    return torch.stack([part.cpu().view(x.dtype) for part in parts]).sum(0).to(x.device)
 
 
 class ConfusionMatrix:
@@ -60,23 +41,20 @@ class ConfusionMatrix:
                 found = f"{int(values.min())} .. {int(values.max())}"
                 raise ValueError(f"{name}: expected values 0 .. {self.num_classes - 1}, found {found}")
         pairs = torch.bincount(self.num_classes * target + prediction, minlength=self.num_classes**2)
-        self.counts += pairs.view_as(self.counts).to(self.counts.device)
-
-    def reduce(self, device: torch.device | None = None) -> None:
-        """Sum over all processes, in place. See ``sum_over_processes``."""
-        self.counts = sum_over_processes(self.counts, device)
-
-    def true_positives(self) -> Tensor:
-        """(K,) float64."""
-        return self.counts.diag().cpu().double()
+        self.counts += pairs.view_as(self.counts)
 
     def false_positives(self) -> Tensor:
-        """(K,) float64."""
-        return self.counts.sum(0).cpu().double() - self.true_positives()
+        """Pixels predicted as each class that have another label, float64 (K,)."""
+        counts = self.counts.cpu().double()
+        return counts.sum(0) - counts.diag()
 
     def iou(self) -> Tensor:
-        """Intersection over union of each class (K,), 0 .. 1. nan for a class neither labeled nor predicted."""
-        return self.true_positives() / (self.counts.sum(1).cpu().double() + self.false_positives())
+        """true positives / (true positives + false positives + false negatives), float64 (K,).
+
+        nan for a class that is neither labeled nor predicted, and 0 for one that is predicted only.
+        """
+        counts = self.counts.cpu().double()
+        return counts.diag() / (counts.sum(1) + self.false_positives())
 
     def mean_iou(self) -> float:
         """mIoU: the mean of the IoUs that are not nan."""
@@ -85,34 +63,3 @@ class ConfusionMatrix:
     def pixel_accuracy(self) -> float:
         """Share of the valid pixels with the right class."""
         return float(self.counts.diag().sum().double() / self.counts.sum())
-
-    def present(self) -> Tensor:
-        """Which classes occur in the labels, bool (K,)."""
-        return self.counts.sum(1).cpu() > 0
-
-    def merged(self, group_of: Sequence[int]) -> "ConfusionMatrix":
-        """The matrix of groups of classes. Class k is in group ``group_of[k]``; groups are numbered from 0."""
-        groups = ConfusionMatrix(max(group_of) + 1)
-        index = torch.tensor(group_of)
-        groups.counts.index_put_((index[:, None], index[None, :]), self.counts.cpu(), accumulate=True)
-        return groups
-
-
-def row_baseline(train_labels: Iterable[Tensor], val_labels: Iterable[Tensor], num_classes: int) -> ConfusionMatrix:
-    """The score without looking at an image: predict for each row the most frequent class of that row in training.
-
-    Labels are integer tensors (H, W) of any sizes. Rows are compared by relative height, in 128 bands.
-    """
-    bands = 128
-
-    def band_of_rows(label: Tensor) -> Tensor:
-        return (torch.arange(label.shape[0]) * bands // label.shape[0])[:, None].expand(label.shape)
-
-    counts = torch.zeros(bands * 256, dtype=torch.int64)
-    for label in train_labels:
-        counts += torch.bincount((band_of_rows(label) * 256 + label).flatten(), minlength=bands * 256)
-    most_frequent = counts.view(bands, 256)[:, :num_classes].argmax(1)
-    confusion = ConfusionMatrix(num_classes)
-    for label in val_labels:
-        confusion.update(label, most_frequent[band_of_rows(label)])
-    return confusion

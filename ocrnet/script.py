@@ -1,45 +1,61 @@
-"""What the scripts share: their argument parser, and errors printed without a traceback."""
+"""What the scripts share: their argument parser, errors without a traceback, and stop signals."""
 
 import argparse
+import contextlib
+import ctypes
+import os
+import signal
 import sys
 from collections.abc import Callable
 
-import torch.distributed as dist
+from . import InputError
 
-from .errors import InputError
-
-# Gloo raises RuntimeError with these texts when a process is gone.
-GLOO_ERRORS = (
-    "gloo/", "Application timeout caused pair closure", "Connection closed by peer", "Connection reset by peer"
-)  # fmt: skip
+# of schedulers (SIGTERM, Slurm's SIGUSR1), closed terminals (SIGHUP), Ctrl-C (SIGINT) and Ctrl-\ (SIGQUIT)
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT", "SIGQUIT")
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keep the description's lines, and add the default where there is one."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30, width=110)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in action.help:
-            return action.help
-        values = action.default if isinstance(action.default, list) else [action.default]
-        return f"{action.help} (default: {' '.join(map(str, values))})"
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the lines of the description, and print defaults."""
 
 
-def make_parser(description: str, usage: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(usage=usage, description=description, formatter_class=HelpFormatter)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, usage="%(prog)s [options]", formatter_class=HelpFormatter)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run ``main``. Print an InputError, an OSError or the loss of another process as one line and exit with 1."""
+    """Run ``main``. An InputError or OSError is printed as one line, and the exit status is 1."""
     try:
-        main()
+        return main()
     except (InputError, OSError) as error:
-        # a DataLoader worker prepends its traceback, whose last line is the error
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: "))
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(text in str(error) for text in GLOO_ERRORS):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        sys.exit(f"error: another process of this run has ended, or did not answer within --timeout ({reason})")
+        # a data loader worker prepends its traceback, whose last line is the error
+        message = str(error).strip().splitlines()[-1].removeprefix("ocrnet.InputError: ")
+    sys.exit(f"error: {message}")  # here the error is gone, and with it the data loader that its frames held
+
+
+def catch_stop_signals() -> list[signal.Signals]:
+    """From now on stop signals are appended to the returned list instead of ending the process.
+
+    Under torchrun SIGTERM is also sent when torchrun itself ends, which would leave its processes behind. A data loader
+    worker that ends is reported when its batch is asked for, not by an exception in the middle of a step.
+    """
+    received: list[signal.Signals] = []
+    for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)
+    return received
+
+
+def init_worker(worker_id: int) -> None:
+    """``worker_init_fn`` of a DataLoader: leave Ctrl-C to the training process, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Ask Linux to send a signal to this process when its parent ends. Elsewhere this does nothing."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no prctl
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG

@@ -1,26 +1,203 @@
-"""The data sets that training and evaluation read, and the order of training.
+"""Finding and reading the files of a data set, the data sets of training and evaluation, and the order of training.
+
+Cityscapes' layout (https://arxiv.org/abs/1604.01685), or a plain one, with folders of any depth below a split:
+
+    ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png       image
+    ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png        label, or where there is none
+    ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png   label that is mapped already
+
+    ROOT/images/SPLIT/NAME.jpg                             image
+    ROOT/labels/SPLIT/NAME.png                             label: ids or colors of classes.json
+    ROOT/classes.json                                      the classes; optional in Cityscapes' layout
+
+Labels are mapped to train ids as they are read, so nothing is written beside them.
 
 Notation: H W an image's size, h w the crop's.
 """
 
 import itertools
+import os
 import random
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .classes import ClassTable
-from .images import read_image, read_label, to_tensor
-from .layout import Sample
-from .packed import read_pixels
+from .. import InputError
+from .classes import IGNORE_INDEX, ClassTable
 from .transforms import NO_CHANGE, crop_image, sample_crop, sample_photometric
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
+TRAIN_IDS = "_gtFine_labelTrainIds.png"
 
+
+class Sample(NamedTuple):
+    image: Path
+    label: Path
+
+
+# ---- finding files ---------------------------------------------------------------------------------------------------
+
+
+def image_folder(root: Path) -> Path:
+    """ROOT/images if there is one and no ROOT/leftImg8bit, which is the default."""
+    plain, cityscapes = Path(root, "images"), Path(root, "leftImg8bit")
+    return plain if plain.is_dir() and not cityscapes.is_dir() else cityscapes
+
+
+def label_paths(image: Path, root: Path) -> list[Path]:
+    """Where the label of an image may be. The first that exists counts."""
+    folder = Path(*image.relative_to(root).parts[1:-1])  # SPLIT/CITY
+    if image_folder(root).name == "images":
+        return [root / "labels" / folder / f"{image.stem}.png"]
+    name = image.name.removesuffix("_leftImg8bit.png")
+    return [root / "gtFine" / folder / (name + ending) for ending in ("_gtFine_labelIds.png", TRAIN_IDS)]
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The regular files below a folder, without hidden ones, sorted. Links are followed, each folder is listed once."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        if real not in seen:
+            files += [Path(parent, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return sorted(path for path in files if path.is_file())
+
+
+def find_images(root: Path, split: str) -> list[Path]:
+    """All images of a split, sorted.
+
+    Raises:
+        InputError: there are none, or two have the same label.
+    """
+    folder = image_folder(root) / split
+    endings = IMAGE_SUFFIXES if image_folder(root).name == "images" else ("_leftImg8bit.png",)
+    images = [path for path in list_files(folder) if path.name.lower().endswith(tuple(map(str.lower, endings)))]
+    if not images:
+        raise InputError(
+            f"{folder}: expected images ({', '.join(endings)}), found none; ocrnet/data/datasets.py shows the layouts, "
+            f"and train.py --demo needs no data"
+        )
+    first: dict[Path, Path] = {}
+    for image in images:
+        other = first.setdefault(label_paths(image, root)[0], image)
+        if other != image:
+            raise InputError(f"{image}: expected one image of this name, found {other} too")
+    return images
+
+
+def find_samples(root: Path, split: str) -> list[Sample]:
+    """All images of a split with their labels, sorted.
+
+    Raises:
+        InputError: there are no images, a label is missing, or the plain layout has no classes.json.
+    """
+    root, samples = Path(root), []
+    if image_folder(root).name == "images" and not (root / "classes.json").exists():
+        raise InputError(f"{root / 'classes.json'}: expected the classes of this data set; see ocrnet/data/classes.py")
+    for image in find_images(root, split):
+        paths = label_paths(image, root)
+        found = [path for path in paths if path.exists()]
+        if not found:
+            raise InputError(f"{image}: expected a label {' or '.join(map(str, paths))}, found none")
+        samples.append(Sample(image, found[0]))
+    return samples
+
+
+def find_sample_of(image: Path) -> tuple[Sample, Path] | None:
+    """The sample of an image in a data set, and the root of the data set. None for an image without a label."""
+    image = Path(os.path.abspath(image))  # links stay
+    for folder in image.parents:
+        if folder == image_folder(folder.parent):
+            found = [path for path in label_paths(image, folder.parent) if path.exists()]
+            return (Sample(image, found[0]), folder.parent) if found else None
+    return None
+
+
+# ---- reading files ---------------------------------------------------------------------------------------------------
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode an image file in its own mode, rotated as its EXIF orientation says.
+
+    Raises:
+        InputError: the file is not an image, or is truncated.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+        return image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)  # Orientation
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # damaged bytes raise many types; PIL also refuses gigantic images
+        raise InputError(f"{path}: expected an image, found another or a damaged file ({error})") from None
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image as 8-bit RGB. Gray, palette, 16-bit and transparent images are converted."""
+    image = open_image(path)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits per channel, which PIL would clip instead of scale
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_label(path: Path, table: ClassTable) -> np.ndarray:
+    """Read a label as train ids, uint8 (H, W).
+
+    Its values are the ids of the table: 8 bits, the indices of a palette, or 0 and 1 of a 1-bit image. An RGB label has
+    the colors of the table. In a file ``..._labelTrainIds.png`` they are train ids already.
+
+    Raises:
+        InputError: a value or color is not in the table; and as ``open_image``.
+    """
+    image = open_image(path)
+    label = np.asarray(image.convert("RGB") if image.mode == "RGBA" else image)
+    if image.mode not in ("1", "L", "P", "RGB", "RGBA"):
+        raise InputError(f"{path}: expected a label of one 8-bit channel, or RGB, found mode {image.mode}")
+    try:
+        if path.name.endswith(TRAIN_IDS):
+            table = ClassTable([label._replace(id=label.train_id) for label in table.labels])
+        return table.to_train_ids(label.astype(np.uint8, copy=False))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_sample(sample: Sample, table: ClassTable) -> tuple[Image.Image, np.ndarray]:
+    """The image, and its train ids, uint8 (H, W).
+
+    Raises:
+        InputError: their sizes differ; and as ``read_image`` and ``read_label``.
+    """
+    image, label = read_image(sample.image), read_label(sample.label, table)
+    if label.shape != (image.height, image.width):
+        found = f"{label.shape[1]}x{label.shape[0]}"
+        raise InputError(f"{sample.label}: expected {image.width}x{image.height} as its image, found {found}")
+    return image, label
+
+
+def count_pixels(label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Train ids (H, W) -> pixels of each class, the ignored ones last, int64 (K + 1,)."""
+    counts = np.bincount(label.ravel(), minlength=256)
+    return np.append(counts[:num_classes], counts[IGNORE_INDEX])
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# ---- data sets -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
 class TrainDataset(Dataset):
     """Random crops. Item (epoch, index) is (image, label, photometric) of one sample:
 
@@ -32,26 +209,14 @@ class TrainDataset(Dataset):
         crop_size: (h, w).
         scale_range: range of the random resizing.
         color_jitter: sample a photometric distortion.
-        cat_max_ratio, scale_step: see ``sample_crop``.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        crop_size: tuple[int, int],
-        seed: int,
-        scale_range: tuple[float, float] = (0.5, 2.0),
-        color_jitter: bool = True,
-        cat_max_ratio: float = 0.75,
-        scale_step: float = 0.0,
-    ):
-        self.samples = samples
-        self.crop_size = crop_size
-        self.seed = seed
-        self.scale_range = scale_range
-        self.color_jitter = color_jitter
-        self.cat_max_ratio = cat_max_ratio
-        self.scale_step = scale_step
+    samples: Sequence[Sample]
+    table: ClassTable
+    crop_size: tuple[int, int]
+    seed: int
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    color_jitter: bool = True
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -59,39 +224,28 @@ class TrainDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        sample = self.samples[index]
-        label = np.asarray(read_pixels(sample.label, read_label))  # (H, W)
-        params, label = sample_crop(
-            label, self.crop_size, rng, self.scale_range, self.cat_max_ratio, self.scale_step
-        )  # label (h, w)
-        image = read_pixels(sample.image, partial(read_image, rows=params.top + params.height))
+        image, label = read_sample(self.samples[index], self.table)  # (H, W)
+        params, label = sample_crop(label, self.crop_size, rng, self.scale_range)  # label (h, w)
         photometric = torch.tensor(sample_photometric(rng) if self.color_jitter else NO_CHANGE)
         return crop_image(image, params, self.crop_size), label, photometric
 
 
+@dataclass
 class EvalDataset(Dataset):
     """Whole images. Item i is (image, label) of sample i: uint8 (3, H, W) and uint8 (H, W)."""
 
-    def __init__(self, samples: Sequence[Sample]):
-        self.samples = samples
+    samples: Sequence[Sample]
+    table: ClassTable
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        sample = self.samples[index]
-        return to_tensor(read_image(sample.image)), to_tensor(read_label(sample.label))
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = read_sample(self.samples[index], self.table)
+        return to_tensor(image), torch.from_numpy(label)
 
 
-class Data(NamedTuple):
-    """The data of a run."""
-
-    table: ClassTable
-    train: TrainDataset
-    val: EvalDataset
-    class_weights: Tensor | None = None  # in the loss: (K,) on the device
-
-
+@dataclass
 class InfiniteSampler(Sampler):
     """An infinite sequence of (epoch, index) in which every epoch is a new shuffle.
 
@@ -104,12 +258,11 @@ class InfiniteSampler(Sampler):
     ([0, 0, 1, 2], [0, 1, 1, 2])
     """
 
-    def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):
-        self.size = size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
+    size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         shuffled = None

@@ -36,19 +36,12 @@ class CropParams(NamedTuple):
     flip: bool
 
 
-def sample_scale(rng: random.Random, scale_range: tuple[float, float], step: float = 0.0) -> float:
-    """Sample the scale of an image: uniform in the range, or one of MIN, MIN + step, ..., MAX."""
-    low, high = scale_range
-    return rng.uniform(low, high) if step == 0 else low + step * rng.randint(0, int((high - low) / step + 1e-6))
-
-
 def sample_crop(
     label: np.ndarray,
     crop_size: tuple[int, int],
     rng: random.Random,
     scale_range: tuple[float, float] = (0.5, 2.0),
     cat_max_ratio: float = 0.75,
-    scale_step: float = 0.0,
 ) -> tuple[CropParams, Tensor]:
     """Sample scale, flip and position of a crop. Return its parameters and the cropped label (h, w).
 
@@ -59,9 +52,9 @@ def sample_crop(
     Args:
         label: uint8 (H, W).
         crop_size: (h, w).
-        scale_range, scale_step: see ``sample_scale``.
+        scale_range: of the uniform random scale.
     """
-    scale = sample_scale(rng, scale_range, scale_step)
+    scale = rng.uniform(*scale_range)
     height, width = (min(round(side / scale), whole) for side, whole in zip(crop_size, label.shape))
     size = [min(side, max(round(whole * scale), 1)) for side, whole in zip(crop_size, label.shape)]
     flip = rng.random() < 0.5
@@ -75,23 +68,18 @@ def sample_crop(
     return params, cropped
 
 
-def crop_image(image: np.ndarray | Image.Image, params: CropParams, crop_size: tuple[int, int]) -> Tensor:
-    """RGB image or uint8 (H, W, 3) -> (3, h, w), bilinear without antialiasing, as OpenCV resizes."""
-    box = torch.from_numpy(copy_box(image, params)).permute(2, 0, 1)  # (3, height, width)
-    return resize_flip_pad(box, params, crop_size, "bilinear", PAD_COLOR)
+def crop_image(image: Image.Image, params: CropParams, crop_size: tuple[int, int]) -> Tensor:
+    """RGB image -> uint8 (3, h, w), bilinear without antialiasing, as OpenCV resizes."""
+    top, left, height, width = params[:4]
+    box = np.array(image.crop((left, top, left + width, top + height)))
+    return resize_flip_pad(torch.from_numpy(box).permute(2, 0, 1), params, crop_size, "bilinear", PAD_COLOR)
 
 
 def crop_label(label: np.ndarray, params: CropParams, crop_size: tuple[int, int]) -> Tensor:
-    """uint8 (H, W) -> (h, w), nearest."""
-    box = torch.from_numpy(copy_box(label, params))[None]  # (1, height, width)
-    return resize_flip_pad(box, params, crop_size, "nearest", (IGNORE_INDEX,))[0]
-
-
-def copy_box(image: np.ndarray | Image.Image, params: CropParams) -> np.ndarray:
-    """Copy the box, (height, width, ...). Of a memory-mapped array only the box is read."""
-    top, left, bottom, right = params.top, params.left, params.top + params.height, params.left + params.width
-    is_pil = isinstance(image, Image.Image)
-    return np.array(image.crop((left, top, right, bottom)) if is_pil else image[top:bottom, left:right])
+    """Train ids, uint8 (H, W) -> (h, w), nearest."""
+    top, left, height, width = params[:4]
+    box = torch.from_numpy(label[top : top + height, left : left + width])
+    return resize_flip_pad(box[None], params, crop_size, "nearest", (IGNORE_INDEX,))[0]
 
 
 def resize_flip_pad(

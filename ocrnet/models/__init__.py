@@ -2,20 +2,10 @@
 
 from .hrnet import HRNet
 from .ocr import FCNHead, ObjectAttention, OCRHead, SpatialGather
-from .ocrnet import BACKBONES, HEAD_INITS, HEADS, OCRNet, build_model, reset_parameters
+from .ocrnet import BACKBONES, HEADS, OCRNet, build_model
 from .weights import load_weights
 
 __all__ = [
-    "BACKBONES",
-    "FCNHead",
-    "HEAD_INITS",
-    "HEADS",
-    "HRNet",
-    "OCRHead",
-    "OCRNet",
-    "ObjectAttention",
-    "SpatialGather",
-    "build_model",
+    "BACKBONES", "FCNHead", "HEADS", "HRNet", "OCRHead", "OCRNet", "ObjectAttention", "SpatialGather", "build_model",
     "load_weights",
-    "reset_parameters",
-]
+]  # fmt: skip

@@ -2,14 +2,26 @@
 
     image (B, 3, H, W) -> backbone: features at 1/4 (ResNet: 1/8) -> head: logits at 1/4 -> logits (B, K, H, W)
 
-A new backbone is a module that initializes itself, maps an image to (region_features, features) of one size, and has
+A new backbone is a module that initializes itself, maps an image to (region_features, features) of one size, and says
+what the heads need. A line of ``BACKBONES`` makes it available to ``--model``:
 
-    out_channels              (channels of region_features, channels of features)
-    reduction, kernel_size    of the hidden layer of the heads, see OCRHead
-    dropout                   default probability before the classifiers
-    head_channels             (channels, key_channels) of OCRHead
+    class Tiny(nn.Module):
+        out_channels = (64, 64)  # of region_features and features
+        reduction, kernel_size = 1, 1  # of the hidden layer of the heads, see OCRHead
+        dropout = 0.0  # default probability before the classifiers
+        head_channels = (128, 64)  # channels and key_channels of OCRHead
+        # a module with the attribute align_corners gets it from OCRNet.set_align_corners; this one resizes nothing
 
-It becomes available to ``--model`` as a line of ``BACKBONES``.
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(conv_bn_relu(3, 32, 3, stride=2), conv_bn_relu(32, 64, 3, stride=2))
+            init_weights(self)
+
+        def forward(self, image):
+            x = self.layers(image)  # (B, 64, H/4, W/4)
+            return x, x
+
+    BACKBONES["tiny"] = Tiny
 
 Notation: B batch, H W the image's size, K classes.
 """
@@ -19,7 +31,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from .. import InputError
 from .hrnet import HRNet
 from .ocr import FCNHead, OCRHead
 
@@ -40,7 +52,6 @@ BACKBONES = {
     "r101": partial(resnet, layers=(3, 4, 23, 3)),
 }
 HEADS = ("ocr", "fcn")
-HEAD_INITS = ("mmsegmentation", "authors")
 
 
 class OCRNet(nn.Module):
@@ -124,10 +135,3 @@ def build_model(
     model = OCRNet(backbone, build_head(head, backbone, num_classes, dropout), config)
     model.set_align_corners(align_corners)
     return model
-
-
-def reset_parameters(module: nn.Module) -> None:
-    """Initialize all layers as PyTorch does by default, which is how the authors start the heads."""
-    for layer in module.modules():
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()

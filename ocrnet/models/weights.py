@@ -4,9 +4,8 @@ Recognized by their names: checkpoints of this project, mmsegmentation's OCRNet,
 HRNet and torchvision's ResNet. The backbones have the names of the last two.
 """
 
-import pickle
 import re
-import zipfile
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .. import InputError
+from .hub import url_of
 from .ocrnet import BACKBONES, OCRNet, build_model
 
 # Regular expressions at the start of a name -> our names. The first that matches is applied.
@@ -67,73 +67,91 @@ class Report(NamedTuple):
     missing: list[str]  # our names; these keep their initial values
 
     def __str__(self) -> str:
-        def count(names: list[str], verb: str) -> str:
-            some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-            return f"{len(names)} {verb}{some}"
+        def count(names: list[str]) -> str:
+            return f"{len(names)}" + (f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "")
 
-        loaded = f"{len(self.loaded)} tensors loaded from {self.source}"
-        return f"{loaded}; {count(self.ignored, 'ignored')}; {count(self.missing, 'missing, which stay random')}"
+        text = f"{len(self.loaded)} tensors loaded from {self.source}, {count(self.ignored)} of the file ignored"
+        return f"{text}, {count(self.missing)} of the model stay random"
 
 
-def read_file(path: Path) -> Any:
-    """The contents of a torch.save file, on the CPU, without running code from it.
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_file(source: Path | str, model: str = "") -> Any:
+    """The contents of a torch.save file, or of weights with a name of hub.py, on the CPU, without running code from it.
+
+    Args:
+        model: of ``BACKBONES``, for the name "imagenet".
 
     Raises:
-        InputError: the file is missing, damaged, or needs code to load.
+        InputError: the file is missing, damaged or needs code to load, or its download fails.
     """
+    path = Path(source)
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
+        return download(url_of(str(source), model))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # damaged bytes raise many types
-        hint = ""
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):  # such as mmengine's message hub
-            command = f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'weights.pth')"
-            hint = (
-                "; if you trust its origin, keep only its tensors, where the program that wrote it is installed: "
-                f'python -c "import torch; {command}"'
-            )
-        raise InputError(
-            f"{path}: expected a file that loads with weights_only ({type(error).__name__}){hint}"
-        ) from None
+        size = path.stat().st_size
+        start = path.read_bytes()[:12] if path.is_file() else b""
+        found = f"{type(error).__name__}, {size:,} bytes that begin with {start!r}"
+        if start.startswith(b"PK") and "weights_only" in str(error).lower():
+            found = "one that needs code to load; if you trust it, save its state_dict alone where it was written"
+        raise InputError(f"{path}: expected a checkpoint that loads with weights_only, found {found}") from None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file: averaged weights where it has them beside others.
+def download(url: str) -> Any:
+    """The contents of a file that torch.hub keeps in ``~/.cache/torch/hub/checkpoints`` after the first time."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, the hash, or the file
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise InputError(f"{url}: not loaded ({error}): download it elsewhere and put it into {folder}") from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def read_tensors(state: Any, source: Path | str) -> dict[str, Tensor]:
+    """The named tensors in the contents of a file: averaged weights where it has them beside others.
 
     Names lose the prefixes that DDP, torch.compile and wrappers add.
 
     Raises:
-        InputError: there are none, or one is nan or infinite; and as ``read_file``.
+        InputError: there are none, or one is nan or infinite.
     """
-    state = read_file(path)
     for key in ENTRIES:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
-        raise InputError(f"{path}: expected a dict of tensors, found none")
-    check_finite(tensors, path)
+        raise InputError(f"{source}: expected a dict of tensors, found none")
+    check_finite(tensors, source)
     return {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): x for name, x in tensors.items()}
 
 
-def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise InputError if a tensor has a value that is nan or infinite. ``path`` is for the error."""
+def check_finite(tensors: dict[str, Tensor], source: Path | str) -> None:
+    """Raise InputError if a tensor has a value that is nan or infinite."""
     for name, x in tensors.items():
         if not x.isfinite().all():
-            raise InputError(f"{path}: {name}: expected finite values, found nan or infinity")
+            raise InputError(f"{source}: {name}: expected finite values, found nan or infinity")
 
 
-def rename_keys(names: Iterable[str]) -> tuple[str, dict[str, str]]:
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def rename_keys(theirs: dict[str, Tensor]) -> tuple[str, dict[str, str]]:
     """Return the source of tensors of these names, and our name for each."""
-    names = list(names)
-    if "head.classifier.1.weight" in names:
+    if "head.classifier.1.weight" in theirs:
         source, rules = "this project", {}
-    elif "decode_head.1.conv_seg.weight" in names or "decode_head.conv_seg.weight" in names:
+    elif "decode_head.1.conv_seg.weight" in theirs or "decode_head.conv_seg.weight" in theirs:
         source, rules = "mmsegmentation", MMSEGMENTATION
-    elif "cls_head.weight" in names:
+    elif "cls_head.weight" in theirs:
         source, rules = "the authors' HRNet-OCR", AUTHORS
-    elif any(name.startswith("backbone.") for name in names):
+    elif any(name.startswith("backbone.") for name in theirs):
         source, rules = "a backbone", {}
     else:
         source, rules = "an ImageNet backbone", BACKBONE
@@ -150,7 +168,26 @@ def rename_keys(names: Iterable[str]) -> tuple[str, dict[str, str]]:
             return re.sub(r"\.(phi|psi)\.([0-3])\.", lambda m: f".{m[1]}.{int(m[2]) // 2}.{int(m[2]) % 2}.", name)
         return name
 
-    return source, {name: rename(name) for name in names}
+    return source, {name: rename(name) for name in theirs}
+
+
+def head_of(names: Iterable[str]) -> str | None:
+    """The head, of ``HEADS``, that tensors of these names (ours) belong to. None for a backbone."""
+    if "head.hidden.0.weight" in names:
+        return "fcn"
+    return "ocr" if "head.classifier.1.weight" in names else None
+
+
+def backbone_of(tensors: dict[str, Tensor]) -> str | None:
+    """The largest of ``BACKBONES`` all of whose parameters are among ``tensors`` (our names). None without."""
+    fits = {}
+    for name, backbone in BACKBONES.items():
+        with torch.device("meta"):
+            own = {f"backbone.{key}": x.shape for key, x in backbone().named_parameters()}
+        own = {key: shape for key, shape in own.items() if not key.startswith("backbone.conv1.")}  # or a deep stem
+        if all(key in tensors and tensors[key].shape == shape for key, shape in own.items()):
+            fits[name] = len(own)
+    return max(fits, key=fits.__getitem__, default=None)
 
 
 def fold_biases(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,92 +203,77 @@ def fold_biases(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str,
     return tensors
 
 
-def apply_source_settings(model: OCRNet, names: Iterable[str], source: str) -> None:
-    """Set what belongs to the weights but is not a tensor: align_corners and dropout, and ResNet's deep stem."""
-    if source == "the authors' HRNet-OCR":
-        model.config["align_corners"] = True
-        model.set_align_corners(True)
-        if model.config["dropout"] is None:  # not set by the user
-            model.config["dropout"] = model.head.classifier[0].p = AUTHORS_DROPOUT
-    if "backbone.conv1.6.weight" in names and hasattr(model.backbone, "use_deep_stem"):
-        model.config["deep_stem"] = True
-        model.backbone.use_deep_stem()
+# ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_weights(model: OCRNet, path: Path) -> Report:
-    """Load the tensors of a file into the model.
+def load_weights(model: OCRNet, source: Path | str) -> Report:
+    """Load the tensors of a file, or of a name of hub.py, into the model.
 
     Accepts checkpoints of this project, mmsegmentation's OCRNet, the authors' HRNet-OCR, an ImageNet HRNet and
-    torchvision's ResNet. See ``apply_source_settings`` for what else is set. Another head is left out, and so are
-    classifiers with another number of classes.
+    torchvision's ResNet. What belongs to the weights but is not a tensor is set too: align_corners and dropout of the
+    authors, and ResNet's deep stem. Another head is left out, and so are classifiers with another number of classes.
 
     Raises:
         InputError: the file cannot be read, belongs to another model (a shape differs, or a tensor has no place in
             this one), or holds less than 95 % of the backbone's tensors, which would leave the model random.
     """
-    return load_tensors(model, read_tensors(path), path)
+    return load_tensors(model, read_tensors(read_file(source, model.config["name"]), source), source)
 
 
-def load_tensors(model: OCRNet, theirs: dict[str, Tensor], path: Path) -> Report:
-    """``load_weights`` after reading the file. ``path`` is for errors."""
-    source, names = rename_keys(theirs)
+def load_tensors(model: OCRNet, theirs: dict[str, Tensor], source: Path | str) -> Report:
+    """``load_weights`` after reading the file. ``source`` is for errors."""
+    origin, names = rename_keys(theirs)
     tensors = {names[name]: x for name, x in theirs.items()}
-    other_head, remedy = head_of(tensors) != model.config["head"], "set --model to that of the weights"
-    apply_source_settings(model, tensors, source)
+    fits = backbone_of(tensors)
+    remedy = f"--model {fits} fits" if fits and fits != model.config["name"] else f"does not fit {model.config['name']}"
+    if origin == "the authors' HRNet-OCR":
+        model.config["align_corners"] = True
+        model.set_align_corners(True)
+        model.config["dropout"] = model.head.classifier[0].p = AUTHORS_DROPOUT
+    if "backbone.conv1.6.weight" in tensors and hasattr(model.backbone, "use_deep_stem"):
+        model.config["deep_stem"] = True
+        model.backbone.use_deep_stem()
     own = model.state_dict()
     tensors = fold_biases(tensors, own)
-    if other_head:
-        others = [name for name in tensors if name.startswith("head.")]
+    if head_of(tensors) != model.config["head"]:
+        left_out = [name for name in tensors if name.startswith("head.")]
     else:  # classifiers of other classes
-        others = [name for name in tensors if name.startswith(CLASSIFIERS) and len(tensors[name]) != len(own[name])]
-    for name in others:
+        left_out = [name for name in tensors if name.startswith(CLASSIFIERS) and len(tensors[name]) != len(own[name])]
+    for name in left_out:
         del tensors[name]
     loaded = [name for name in tensors if name in own]
     backbone = [name for name in own if name.startswith("backbone.")]
     share = len(set(backbone) & set(loaded)) / len(backbone)
     if share < 0.95:
-        raise InputError(f"{path}: expected 95 % of the backbone's tensors or more, found {share:.0%}: {remedy}")
+        raise InputError(f"{source}: expected 95 % of the backbone's tensors or more, found {share:.0%}: {remedy}")
     for name in loaded:
         if tensors[name].shape != own[name].shape:
             expected, found = tuple(own[name].shape), tuple(tensors[name].shape)
-            raise InputError(f"{path}: {name}: expected shape {expected}, found {found}: {remedy}")
-    ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys() | set(others))
+            raise InputError(f"{source}: {name}: expected shape {expected}, found {found}: {remedy}")
+    ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys() | set(left_out))
     for name in ignored:
-        if names[name] not in others and not name.removeprefix("backbone.").startswith(IGNORED_PREFIXES):
-            raise InputError(f"{path}: found {name}, which the model does not have: {remedy}")
+        if names[name] not in left_out and not name.removeprefix("backbone.").startswith(IGNORED_PREFIXES):
+            raise InputError(f"{source}: found {name}, which the model does not have: {remedy}")
     model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
-    return Report(source, loaded, ignored, missing)
+    return Report(origin, loaded, ignored, missing)
 
 
-def head_of(names: Iterable[str]) -> str | None:
-    """The head, of ``HEADS``, that tensors of these names (ours) belong to. None for a backbone."""
-    if "head.hidden.0.weight" in names:
-        return "fcn"
-    return "ocr" if "head.classifier.1.weight" in names else None
-
-
-def build_from_checkpoint(path: Path) -> OCRNet:
-    """Build the OCRNet that a file of weights belongs to, with those weights. Backbone and K follow from the shapes.
+def build_from_checkpoint(state: Any, source: Path | str) -> OCRNet:
+    """The OCRNet that the contents of a file belong to, with those weights. Backbone and K follow from the shapes.
 
     Raises:
         InputError: the head's tensors are missing, or no backbone fits; and as ``load_weights``.
     """
-    theirs = read_tensors(path)
-    _, names = rename_keys(theirs)
-    shapes = {names[name]: x.shape for name, x in theirs.items()}
-    if head_of(shapes) is None:
-        raise InputError(f"{path}: expected a whole OCRNet, found no head; train.py --weights accepts backbones")
-    fits = None
-    for name, backbone in BACKBONES.items():  # of several that fit the last: hr18 has every tensor of hr18s
-        with torch.device("meta"):
-            own = {f"backbone.{key}": x.shape for key, x in backbone().named_parameters()}
-        if all(shapes.get(key) == shape for key, shape in own.items() if not key.startswith("backbone.conv1.")):
-            fits = name
-    if not fits:
-        raise InputError(f"{path}: expected a backbone of {', '.join(BACKBONES)}, found another")
-    model = build_model(fits, shapes["head.classifier.1.weight"][0], head=head_of(shapes))
-    report = load_tensors(model, theirs, path)
+    theirs = read_tensors(state, source)
+    tensors = {ours: theirs[name] for name, ours in rename_keys(theirs)[1].items()}
+    head, backbone = head_of(tensors), backbone_of(tensors)
+    if head is None:
+        raise InputError(f"{source}: expected a whole OCRNet, found no head; train.py --weights accepts backbones")
+    if backbone is None:
+        raise InputError(f"{source}: expected a backbone of {', '.join(BACKBONES)}, found another")
+    model = build_model(backbone, len(tensors["head.classifier.1.weight"]), head=head)
+    report = load_tensors(model, theirs, source)
     if report.missing:
-        raise InputError(f"{path}: {len(report.missing)} tensors are missing, {report.missing[0]} first")
+        raise InputError(f"{source}: {len(report.missing)} tensors are missing, {report.missing[0]} first")
     return model

@@ -1,17 +1,9 @@
-"""Weights by name: where public weights are, and their download.
+"""Weights by name: where public weights are.
 
-The digits at the end of a file's name begin its sha256. It is checked after the download and at each later use.
+``torch.hub`` downloads a file once and checks its sha256, whose first digits end the file's name.
 """
 
-import hashlib
-import re
-from http.client import HTTPException
-from pathlib import Path
-
-import torch
-
-from .device import Accelerator
-from .errors import InputError
+from .. import InputError
 
 MMSEGMENTATION_URL = "https://download.openmmlab.com/mmsegmentation/v0.5"
 # mmsegmentation's models: (folder, date and hash, published mIoU in %). 40k to 160k are iterations on Cityscapes.
@@ -56,7 +48,7 @@ IMAGENET = {
 }
 
 
-def url_of(name: str, model: str | None = None) -> str:
+def url_of(name: str, model: str) -> str:
     """The URL of weights with a name: a key of ``MODELS``, or "imagenet" for the backbone ``model``.
 
     Raises:
@@ -67,57 +59,6 @@ def url_of(name: str, model: str | None = None) -> str:
         return f"{MMSEGMENTATION_URL}/{folder}/{folder.split('/')[1]}_{version}.pth"
     if name == "imagenet" and model in IMAGENET:
         return f"{PRETRAIN_URL}/{IMAGENET[model]}.pth"
-    if name == "imagenet" and model:
-        raise InputError(f"imagenet: expected --model {', '.join(IMAGENET)}, found {model}")
-    names = ", ".join([*MODELS, *(["imagenet"] if model else [])])
-    raise InputError(f"{name}: no such file, and no weights of that name; names: {names}")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fetch(url: str) -> Path:
-    """Download a file into torch's hub folder, unless it is there, and check its sha256. Return its path.
-
-    Raises:
-        InputError: it cannot be reached, or its sha256 is not that of its name. Such a file is not kept.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    expected = re.search(r"-([0-9a-f]{8,})\.", path.name)[1]
-    if path.exists():
-        found = sha256_of(path)
-        if not found.startswith(expected):
-            path.unlink()
-            raise InputError(
-                f"{path}: expected a sha256 that begins with {expected}, found {found[:8]}: removed, run again"
-            )
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
-    except RuntimeError:  # torch's, for a wrong hash
-        raise InputError(f"{url}: expected a sha256 that begins with {expected}, found another: refused") from None
-    except (OSError, HTTPException) as error:
-        raise InputError(f"{url}: not reached ({error}): download it elsewhere and put it at {path}") from None
-    return path
-
-
-def find_weights(name: str, accelerator: Accelerator, model: str | None = None) -> Path:
-    """The file of weights that are given by path or by name. One process of each host downloads it.
-
-    Raises:
-        InputError: there is no such file or name; and as ``fetch``.
-    """
-    path = Path(name)
-    if path.is_file() or path.suffix or len(path.parts) > 1:
-        return path
-    url = url_of(name, model)
-    if accelerator.local_rank == 0:
-        fetch(url)
-    accelerator.barrier()
-    return fetch(url)
+    if name == "imagenet":
+        raise InputError(f"imagenet: expected --model {', '.join(IMAGENET)}, found {model or 'none'}")
+    raise InputError(f"{name}: no such file, and no weights of that name: expected imagenet, {', '.join(MODELS)}")

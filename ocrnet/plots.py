@@ -1,4 +1,4 @@
-"""Figures: colored class maps, samples with their predictions, scores, and curves of runs.
+"""Figures: samples with their predictions, scores, and curves of runs.
 
 Notation: H W an image's size, K classes. Images are uint8 (H, W, 3), labels and predictions train ids (H, W).
 """
@@ -17,13 +17,14 @@ matplotlib.use("Agg")  # files only, no screen
 from matplotlib import pyplot as plt
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogFormatter
+
+IGNORED, RIGHT = 96, 235  # grays of ignored and of right pixels in error maps; classes may be black or white
 
 
 def error_map(label: np.ndarray, prediction: np.ndarray, table: ClassTable) -> np.ndarray:
-    """Wrong pixels in the color of their prediction; white where right, black where ignored."""
-    colors = np.where((prediction != label)[..., None], table.palette[prediction], 255).astype(np.uint8)
-    colors[label == IGNORE_INDEX] = 0
+    """Wrong pixels in the color of their prediction; pale gray where right, dark gray where ignored."""
+    colors = np.where((prediction != label)[..., None], table.palette[prediction], RIGHT).astype(np.uint8)
+    colors[label == IGNORE_INDEX] = IGNORED
     return colors
 
 
@@ -33,13 +34,13 @@ def error_map(label: np.ndarray, prediction: np.ndarray, table: ClassTable) -> n
 def image_axes(
     image: np.ndarray, rows: int, columns: int, width: float, margin: float = 0.6, title: float = 0.3
 ) -> tuple[plt.Figure, np.ndarray]:
-    """A figure of axes in the shape of ``image``. Return it and its axes (rows * columns,).
+    """A figure of axes in the shape of ``image``, at most twice as tall as wide. Return it and its axes.
 
     Args:
         width: inches of one image.
         margin, title: inches of height for the figure and for each row besides the images.
     """
-    height = rows * (width * image.shape[0] / image.shape[1] + title) + margin
+    height = rows * (width * min(image.shape[0] / image.shape[1], 2) + title) + margin
     fig, axes = plt.subplots(rows, columns, figsize=(columns * width, height), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
@@ -54,18 +55,23 @@ def show_images(axes: Iterable[plt.Axes], images: Mapping[str, np.ndarray]) -> N
 
 
 def class_legend(fig: plt.Figure, classes: Iterable[int], table: ClassTable) -> None:
-    patches = [Patch(color=table.palette[k] / 255, label=table.names[k]) for k in classes]
-    fig.legend(handles=patches, loc="outside lower center", ncols=10, frameon=False, fontsize=9)
+    """Colors and names below the figure, as many in a row as its width holds."""
+    classes = [k for k in classes if k != IGNORE_INDEX]
+    patches = [Patch(facecolor=table.palette[k] / 255, edgecolor="0.5", label=table.names[k]) for k in classes]
+    longest = max((len(table.names[k]) for k in classes), default=1)
+    columns = max(int(fig.get_figwidth() / (0.075 * longest + 0.55)), 1)  # inches of a name in this font
+    fig.set_figheight(fig.get_figheight() + 0.2 * (len(classes) // columns))
+    fig.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def draw_matrix(
     axis: plt.Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], top: float, form: str, cmap: str
 ) -> AxesImage:
-    """Values (R, C) from 0 to ``top`` as colors, with numbers where they are at least half a percent of ``top``."""
+    """Values (R, C) from 0 to ``top`` as colors, with numbers unless they are small or the matrix is large."""
     image = axis.imshow(values, vmin=0, vmax=top, cmap=cmap, aspect="auto")
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axis.set_yticks(range(len(rows)), rows)
-    for i, j in np.argwhere(values >= 0.005 * top):
+    for i, j in np.argwhere(values >= 0.005 * top) if len(columns) <= 30 else ():
         color = "black" if values[i, j] > 0.6 * top else "white"
         text = form.format(values[i, j]).lstrip("0")
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
@@ -82,78 +88,66 @@ def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: C
         samples: (image, label, final prediction, prediction of the auxiliary output), without the last for FCNHead.
     """
     columns = len(samples[0]) + 1
-    fig, axes = image_axes(samples[0][0], len(samples), columns, 3.0, 1.1, title=0.1)
+    tallest = max((sample[0] for sample in samples), key=lambda image: image.shape[0] / image.shape[1])
+    fig, axes = image_axes(tallest, len(samples), columns, 3.0, 1.1, title=0.1)
+    shown = set()
     for i, (image, label, final, *aux) in enumerate(samples):
-        maps = {"label (black: ignored)": label, "final prediction": final}
+        maps = {"label": label, "final prediction": final}
+        shown |= set(np.unique(label)) | set(np.unique(final))
         if aux:
             maps["auxiliary output"] = aux[0]
         colors = {title: table.palette[classes] for title, classes in maps.items()}
-        errors = {"errors (color: prediction)": error_map(label, final, table)}
+        errors = {"errors, in the color of the prediction": error_map(label, final, table)}
         row = axes[i * columns : (i + 1) * columns]
         show_images(row, {"image": image, **colors, **errors})
         for axis in row if i else ():  # titles above the first row only
             axis.set_title("")
-    class_legend(fig, range(len(table)), table)
+    class_legend(fig, sorted(shown), table)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
-def save_legend(path: Path, image: np.ndarray, pixels: Sequence[int], table: ClassTable) -> None:
-    """An image, and beside it the classes that it has, with their shares of its ``pixels`` (K,)."""
-    pixels = np.asarray(pixels)
-    shares = pixels / max(pixels.sum(), 1)
-    height, width = image.shape[:2]
-    fig, axis = plt.subplots(figsize=(10, 10 * height / width), layout="constrained")
-    axis.imshow(image)
-    axis.set_axis_off()
-    patches = [
-        Patch(color=table.palette[k] / 255, label=f"{table.names[k]}  {shares[k]:.1%}")
-        for k in np.argsort(-shares)
-        if shares[k] > 0
-    ]
-    fig.legend(handles=patches, loc="outside right upper", frameon=False)
-    fig.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(fig)
-
-
-def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable) -> None:
+def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable, title: str) -> None:
     """IoU of each class, and the confusion matrix as shares of each label's pixels."""
     iou = 100 * confusion.iou().numpy()
     counts = confusion.counts.cpu().numpy()
     labeled = counts.sum(1, keepdims=True)
-    fig, (bars, matrix) = plt.subplots(1, 2, figsize=(16, 7.5), width_ratios=[1, 1.7], layout="constrained")
+    fig, (bars, matrix) = plt.subplots(
+        1, 2, figsize=(16, max(7.5, 0.2 * len(table))), width_ratios=[1, 1.7], layout="constrained"
+    )
     ticks = range(len(table))
     bars.barh(ticks, np.nan_to_num(iou), color=table.palette[: len(table)] / 255, edgecolor="0.3", linewidth=0.5)
     for k in ticks:
         bars.text(np.nan_to_num(iou[k]) + 1, k, "does not occur" if np.isnan(iou[k]) else f"{iou[k]:.1f}", va="center")
-    title = f"IoU, mean {100 * confusion.mean_iou():.2f} %"
-    bars.set(title=title, xlabel="IoU (%)", xlim=(0, 112), ylim=(len(table) - 0.5, -0.5))
+    bars.set(
+        title=f"IoU, mean {100 * confusion.mean_iou():.2f} %",
+        xlabel="IoU (%)",
+        xlim=(0, 112),
+        ylim=(len(table) - 0.5, -0.5),
+    )
     bars.set_yticks(ticks, table.names)
     shares = 100 * counts / np.where(labeled, labeled, np.nan)
     image = draw_matrix(matrix, shares, table.names, table.names, 100, "{:.0f}", "magma")
     matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label")
     fig.colorbar(image, ax=matrix, label="share of the label's pixels (%)", shrink=0.9)
+    fig.suptitle(title)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
-def plot_curves(logs: Sequence[Log], path: Path, log_scale: bool = False) -> None:
-    """Loss (of training raw and smoothed, of validation), learning rate and validation mIoU of one or more runs.
-
-    Args:
-        log_scale: logarithmic axes for loss and learning rate.
-    """
+def plot_curves(logs: Sequence[Log], path: Path) -> None:
+    """Loss (of training raw and smoothed, of validation), learning rate and validation mIoU of one or more runs."""
     fig, (loss, lr, score) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for i, log in enumerate(logs):
-        color = f"C{i % 10}"
+        color, marker = f"C{i % 10}", "o" if len(log.train) == 1 else ""
         if log.train:
             iters = [entry["iter"] for entry in log.train]
             values = [entry["loss"] for entry in log.train]
             window = smoothing_window(values)
             loss.plot(iters, values, color=color, alpha=0.3, linewidth=1)
             label = f"{log.name}, mean of {window} entries" if window > 1 else log.name
-            loss.plot(iters, smooth(values, window), color=color, label=label)
-            lr.plot(iters, [entry["lr"] for entry in log.train], color=color, label=log.name)
+            loss.plot(iters, smooth(values, window), color=color, marker=marker, label=label)
+            lr.plot(iters, [entry["lr"] for entry in log.train], color=color, marker=marker, label=log.name)
         losses = [(entry["iter"], entry["loss"]) for entry in log.val if "loss" in entry]
         if losses:
             loss.plot(*zip(*losses), "o--", color=color, label=f"{log.name}, validation")
@@ -166,13 +160,8 @@ def plot_curves(logs: Sequence[Log], path: Path, log_scale: bool = False) -> Non
     lr.set(title="learning rate", xlabel="iteration", ylabel="learning rate")
     score.set(title="validation", xlabel="iteration", ylabel="mIoU (%)")
     score.margins(x=0.1, y=0.15)
-    if log_scale:
-        loss.set_yscale("log")
-        lr.set_yscale("log")
-        loss.yaxis.set_major_formatter(LogFormatter())  # 2, 3 instead of 2 x 10^0
-        loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axis in (loss, lr, score):
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
         else:

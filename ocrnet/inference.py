@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from .data.classes import ClassTable
 from .data.datasets import IMAGE_SUFFIXES, read_image, to_tensor
 from .data.transforms import preprocess
 from .device import Accelerator
+from .script import SOFTWARE, check_output
 
 Forward = Callable[[Tensor], tuple[Tensor, ...]]  # raw images (B, 3, H, W) -> (logits (B, K, H, W), ...)
 
@@ -132,8 +134,16 @@ def rank_shard(items: Sequence, accelerator: Accelerator, description: str) -> I
 
 
 def save_png(image: np.ndarray, path: Path) -> None:
+    """Write an image, marked as ours.
+
+    Raises:
+        InputError: the file exists, and this program has not written it.
+    """
+    check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    Image.fromarray(image).save(path, format="PNG", pnginfo=mark)
 
 
 def color_images(
@@ -148,6 +158,9 @@ def color_images(
         InputError: an image is invalid, or would be overwritten.
     """
     images = list_images(paths)
+    names = [name for path in images for name in (path.stem, f"{path.stem}_overlay")]
+    if len({*names, "legend"}) <= len(names):
+        raise InputError(f"--images: expected names whose outputs differ, found {', '.join(sorted(names))}: rename one")
     pixels = torch.zeros(len(table), dtype=torch.int64)
     for path in rank_shard(images, accelerator, "coloring"):
         image, classes = predict_file(forward, path)

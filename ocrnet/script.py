@@ -7,8 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
 
 from . import InputError
+
+SOFTWARE = "OCRNet"  # the mark of the images that this program writes
 
 # of schedulers (SIGTERM, Slurm's SIGUSR1), closed terminals (SIGHUP), Ctrl-C (SIGINT) and Ctrl-\ (SIGQUIT)
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT", "SIGQUIT")
@@ -30,6 +35,15 @@ def run_script(main: Callable[[], None]) -> None:
         # a data loader worker prepends its traceback, whose last line is the error
         message = str(error).strip().splitlines()[-1].removeprefix("ocrnet.InputError: ")
     sys.exit(f"error: {message}")  # here the error is gone, and with it the data loader that its frames held
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError if ``path`` exists, unless it is an image that this program wrote."""
+    with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:  # PIL raises SyntaxError for bad PNGs
+        if image.info.get("Software") == SOFTWARE:
+            return
+    if path.exists():
+        raise InputError(f"{path}: exists, and is not an output of this program: choose another folder or name")
 
 
 def catch_stop_signals() -> list[signal.Signals]:

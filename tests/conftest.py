@@ -1,4 +1,4 @@
-"""Shared by the tests: a small generated data set, the real scripts, and other projects' names of our tensors.
+"""Shared by the tests: a small generated data set, and the real scripts.
 
 As a script, ``conftest.py SCRIPT ARGUMENTS`` runs another script with the backbone "tiny" and without figures.
 """
@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import json
 import multiprocessing
-import re
 import runpy
 import signal
 import socket
@@ -25,13 +24,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ocrnet import visualize
+from ocrnet import plots
 from ocrnet.data.synthetic import write_dataset
-from ocrnet.data.train_ids import write_missing_train_ids
 from ocrnet.device import DEVICES
 from ocrnet.models import BACKBONES, HRNet
 
@@ -47,10 +44,9 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """A prepared data set of 6 training and 5 validation images of 128x256. Read-only."""
-    root = tmp_path_factory.mktemp("data")
+    """A data set of 6 training and 5 validation images of 128x256. Read-only."""
+    root = tmp_path_factory.mktemp("data") / "synthetic"
     write_dataset(root, {"train": 6, "val": 5})
-    write_missing_train_ids(root)
     return root
 
 
@@ -77,7 +73,7 @@ def run_script_file(path: str, args: list[str], environment: dict[str, str], out
 
 def skip_figures() -> None:
     """Make train.py draw nothing, because that takes seconds."""
-    visualize.plot_curves = visualize.save_samples = visualize.save_scores = lambda *args: None
+    plots.plot_curves = plots.save_samples = plots.save_scores = lambda *args: None
 
 
 class Running:
@@ -180,7 +176,7 @@ def main():
     """
 
     def call(name, *args):
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in map(signal.Signals, range(1, 18)) if number != 9}
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", [name, *map(str, args)])
@@ -242,7 +238,7 @@ RUN = [
 ]  # fmt: skip
 TINY_RUN = [*RUN, "--model", "tiny"]
 EIGHT_ITERATIONS = [
-    *TINY_RUN, "--max-iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2, "--dropout", 0.2,
+    *TINY_RUN, "--max-iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2,
 ]  # fmt: skip
 
 
@@ -280,81 +276,8 @@ def same_run(first: Path, second: Path) -> None:
         assert all(one[key] == two[key] for key in ("iter", "best", "validated"))
 
 
-# ---- names of other projects -----------------------------------------------------------------------------------------
-
-# Our prefix -> theirs. What follows a prefix is renamed by the functions below.
-MMSEGMENTATION = {
-    "head.region_head.0.": "decode_head.0.convs.0.",
-    "head.region_head.2.": "decode_head.0.conv_seg.",
-    "head.pixel_head.": "decode_head.1.bottleneck.",
-    "head.attention.phi.": "decode_head.1.object_context_block.query_project.",
-    "head.attention.psi.": "decode_head.1.object_context_block.key_project.",
-    "head.attention.delta.": "decode_head.1.object_context_block.value_project.",
-    "head.attention.rho.": "decode_head.1.object_context_block.out_project.",
-    "head.g.": "decode_head.1.object_context_block.bottleneck.",
-    "head.classifier.1.": "decode_head.1.conv_seg.",
-    "backbone.": "backbone.",
-}
-MMSEGMENTATION_FCN = {
-    "head.hidden.": "decode_head.convs.0.",
-    "head.classifier.1.": "decode_head.conv_seg.",
-    "backbone.": "backbone.",
-}
-DEEP_STEM = {"backbone.conv1.": "backbone.stem.", "backbone.bn1.": "backbone.stem.7."}  # of ResNetV1c
-AUTHORS = {
-    "head.region_head.0.": "aux_head.",
-    "head.region_head.2.": "aux_head.3.",
-    "head.pixel_head.": "conv3x3_ocr.",
-    "head.attention.phi.": "ocr_distri_head.object_context_block.f_pixel.",
-    "head.attention.psi.": "ocr_distri_head.object_context_block.f_object.",
-    "head.attention.delta.": "ocr_distri_head.object_context_block.f_down.",
-    "head.attention.rho.": "ocr_distri_head.object_context_block.f_up.",
-    "head.g.": "ocr_distri_head.conv_bn_dropout.",
-    "head.classifier.1.": "cls_head.",
-    "backbone.": "",
-}
-AUTHORS_TWICE = {"0.0.": "0.", "0.1.": "1.0.", "1.0.": "2.", "1.1.": "3.0."}  # conv, (bn, relu), conv, (bn, relu)
-AUTHORS_ONCE = {"0.": "0.", "1.": "1.0."}  # conv, (bn, relu)
-
-
-def split_prefix(name: str, prefixes: dict[str, str]) -> tuple[str, str, str]:
-    """(our prefix, theirs, what follows it) of a name."""
-    ours = next(prefix for prefix in prefixes if name.startswith(prefix))
-    return ours, prefixes[ours], name.removeprefix(ours)
-
-
-def as_mmsegmentation(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of an OCRNet, or of HRNet + FCN, under mmsegmentation's names."""
-    names = MMSEGMENTATION if model.config["head"] == "ocr" else MMSEGMENTATION_FCN
-    prefixes = {**(DEEP_STEM if model.config["deep_stem"] else {}), **names}
-    tensors = {}
-    for name, x in model.state_dict().items():
-        ours, theirs, rest = split_prefix(name, prefixes)
-        if ours.startswith("head."):  # ConvModule: conv and bn where our Sequential has 0 and 1
-            rest = re.sub(r"\b0\.(\w+)$", r"conv.\1", rest)
-            rest = re.sub(r"\b1\.(\w+)$", r"bn.\1", rest)
-        tensors[theirs + rest] = x
-    return tensors
-
-
-def as_authors(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """The state_dict of an OCRNet under the names of the authors' HRNet-OCR, each after ``prefix``."""
-    tensors = {}
-    for name, x in model.state_dict().items():
-        ours, theirs, rest = split_prefix(name, AUTHORS)
-        pairs = {}
-        if ours in ("head.attention.phi.", "head.attention.psi."):
-            pairs = AUTHORS_TWICE
-        elif ours in ("head.attention.delta.", "head.attention.rho.", "head.g."):
-            pairs = AUTHORS_ONCE
-        if pairs:
-            _, position, rest = split_prefix(rest, pairs)
-            rest = position + rest
-        tensors[prefix + theirs + rest] = x
-    return tensors
-
-
 if __name__ == "__main__":
     skip_figures()
     del sys.argv[0]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,6 +1,7 @@
-"""Reading images and labels, packed copies, data sets, and the order of training."""
+"""Finding and reading the files of a data set, data sets, and the order of training."""
 
 import itertools
+import json
 import os
 import shutil
 
@@ -8,45 +9,135 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_classes import ROWS
 
-from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset
-from ocrnet.data.images import count_frames, read_frames, read_image, read_label, to_tensor
-from ocrnet.data.layout import find_samples
-from ocrnet.data.packed import is_packed, pack_samples, packed_path
+from ocrnet import InputError
+from ocrnet.data.classes import CITYSCAPES, ClassTable
+from ocrnet.data.datasets import (
+    EvalDataset,
+    InfiniteSampler,
+    TrainDataset,
+    find_images,
+    find_sample_of,
+    find_samples,
+    list_files,
+    read_image,
+    read_label,
+)
 from ocrnet.data.transforms import NO_CHANGE
-from ocrnet.errors import InputError
+
+LABEL = [[0, 1, 1, 0], [1, 0, 0, 1]]  # train ids
+TABLE = ClassTable.from_rows(ROWS, "x")
+
+
+def save(path, pixels, mode=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, np.uint8))
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+# ---- finding files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A data set in the plain layout: a training image per kind of label, and a validation image."""
+    (tmp_path / "classes.json").write_text(json.dumps(ROWS))
+    label, image = np.array(LABEL), np.zeros((2, 4, 3))
+    colors = np.array([row["color"] for row in ROWS])
+    save(tmp_path / "images/train/a.jpg", image)
+    save(tmp_path / "labels/train/a.png", 255 * label)
+    save(tmp_path / "images/train/day/b.c.JPEG", image)
+    save(tmp_path / "labels/train/day/b.c.png", colors[label])
+    save(tmp_path / "images/train/day/d.PNG", image)
+    save(tmp_path / "labels/train/day/d.png", colors[label], "RGBA")
+    save(tmp_path / "images/val/a.tif", image)
+    save(tmp_path / "labels/val/a.png", 9 * label)
+    (tmp_path / "images/train/._a.jpg").write_bytes(b"what macOS leaves beside a file")
+    return tmp_path
+
+
+def test_images_and_labels_of_the_plain_layout_are_found_and_mapped(root):
+    samples = find_samples(root, "train")
+    names = [str(image.relative_to(root / "images/train")) for image, _ in samples]
+    assert names == ["a.jpg", "day/b.c.JPEG", "day/d.PNG"]
+    for sample in [*samples, *find_samples(root, "val")]:
+        assert read_label(sample.label, TABLE).tolist() == LABEL
+        assert find_sample_of(sample.image) == (sample, root)
+    sample.label.unlink()
+    assert find_sample_of(sample.image) is None
+
+
+def test_reading_writes_nothing(root):
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    dataset = TrainDataset(find_samples(root, "train"), TABLE, (32, 32), 0)
+    assert len([dataset[0, i] for i in range(3)]) == 3
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def test_files_of_cityscapes_are_found_with_label_ids_before_train_ids(data, tmp_path):
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    first, second, *_ = find_samples(tmp_path, "val")
+    assert first.label.name.endswith("_gtFine_labelIds.png")
+    train_ids = read_label(first.label, CITYSCAPES)
+    other = first.label.with_name(first.label.name.replace("labelIds", "labelTrainIds"))
+    save(other, 0 * train_ids)
+    assert find_samples(tmp_path, "val")[0] == first
+    first.label.unlink()
+    save(other, train_ids)
+    assert find_samples(tmp_path, "val")[0].label == other
+    assert np.array_equal(read_label(other, CITYSCAPES), train_ids)  # not mapped a second time
+    save(other, 0 * train_ids + 19)
+    with pytest.raises(InputError, match=f"^{other}: 100.*19"):
+        read_label(other, CITYSCAPES)
+    other.unlink()
+    with pytest.raises(InputError, match=f"^{first.image}: .*{first.label}"):
+        find_samples(tmp_path, "val")
+
+
+@pytest.mark.parametrize("damage", ["no images", "no classes", "two of one name"])
+def test_a_data_set_that_cannot_be_read_is_named(root, damage):
+    if damage == "no images":
+        shutil.rmtree(root / "images/train")
+    elif damage == "no classes":
+        (root / "classes.json").unlink()
+    else:
+        save(root / "images/train/a.png", np.zeros((2, 4, 3)))
+    named = {"no images": root / "images/train", "no classes": root / "classes.json"}
+    with pytest.raises(InputError, match=f"^{named.get(damage, root / 'images/train/a.png')}: "):
+        find_samples(root, "train")
+
+
+def test_links_are_followed_also_in_circles_and_pipes_are_left_out(root, tmp_path):
+    (root / "images/train/link").symlink_to(root / "images/train/day")
+    (root / "images/train/circle").symlink_to(root / "images")
+    os.mkfifo(root / "images/train/pipe.png")
+    names = [path.name for path in list_files(root / "images/train")]
+    assert sorted(set(names)) == ["a.jpg", "a.tif", "b.c.JPEG", "d.PNG"] and len(names) < 6
+
 
 # ---- images and labels -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def noise(tmp_path):
-    """The path of an image of random pixels."""
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    return tmp_path / "x.png"
-
-
 @pytest.mark.parametrize("damage", ["truncated", "empty", "header", "middle", "text", "absent", "bomb"])
-def test_damaged_image_is_named(noise, damage, monkeypatch):
-    content = noise.read_bytes()
-    if damage == "truncated":
-        noise.write_bytes(content[:500])
-    elif damage == "empty":
-        noise.write_bytes(b"")
-    elif damage == "header":
-        noise.write_bytes(content[:16] + b"\0" * 17 + content[33:])
-    elif damage == "middle":
-        noise.write_bytes(content[:60] + bytes(255 - b for b in content[60:400]) + content[400:])
-    elif damage == "text":
-        noise.write_text("not an image")
-    elif damage == "absent":
-        noise.unlink()
-    else:
+def test_damaged_image_is_named(tmp_path, damage, monkeypatch):
+    path = save(tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3)))
+    content = path.read_bytes()
+    damaged = {
+        "truncated": content[:500],
+        "empty": b"",
+        "header": content[:16] + b"\0" * 17 + content[33:],
+        "middle": content[:60] + bytes(255 - b for b in content[60:400]) + content[400:],
+        "text": b"not an image",
+    }
+    path.write_bytes(damaged.get(damage, content))
+    if damage == "absent":
+        path.unlink()
+    if damage == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError) as error:
-        read_image(noise)
-    assert str(noise) in str(error.value)
+    with pytest.raises(InputError, match=f"^{path}: "):
+        read_image(path)
 
 
 def test_images_of_any_mode_become_rgb(tmp_path):
@@ -63,76 +154,35 @@ def test_images_of_any_mode_become_rgb(tmp_path):
         assert rgb.shape == (16, 16, 3) and abs(rgb - gray[..., None]).max() <= 1, name
 
 
-def test_images_are_rotated_as_their_exif_orientation_says(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+def test_images_and_labels_are_rotated_as_their_exif_orientation_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the first row is the right side
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    for rows in (None, 2):
-        assert np.array_equal(np.asarray(read_image(tmp_path / "a.png", rows)), np.rot90(pixels, -1))
+    pixels = np.random.default_rng(0).integers(0, 2, (4, 6))
+    image = save(tmp_path / "image.png", np.repeat(100 * pixels[..., None], 3, axis=2), exif=exif)
+    assert np.array_equal(np.asarray(read_image(image))[..., 0], 100 * np.rot90(pixels, -1))
+    label = save(tmp_path / "label.png", 9 * pixels, exif=exif)
+    assert np.array_equal(read_label(label, TABLE), np.rot90(pixels, -1))
 
 
-def test_frames_of_an_animation_and_of_other_files(tmp_path):
-    frames = [Image.new("RGB", (4, 3), color) for color in ("red", "lime", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    frames[0].save(tmp_path / "b.jpg", format="MPO", save_all=True, append_images=frames[1:])
-    frames[0].save(tmp_path / "c.png")
-    colors = [np.asarray(frame)[0, 0].tolist() for frame in read_frames(tmp_path / "a.gif")]
-    assert colors == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
-    assert [count_frames(tmp_path / name) for name in ("a.gif", "b.jpg", "c.png", "absent.png")] == [3, 1, 1, 1]
-    assert len(list(read_frames(tmp_path / "b.jpg"))) == 1
-    noise = [Image.effect_noise((40, 30), sigma) for sigma in (20, 40, 60)]
-    noise[0].save(tmp_path / "d.png", save_all=True, append_images=noise[1:])
-    (tmp_path / "d.png").write_bytes((tmp_path / "d.png").read_bytes()[:-900])
-    with pytest.raises(InputError, match=f"^{tmp_path / 'd.png'}: frame 2 "):
-        list(read_frames(tmp_path / "d.png"))
-
-
-def test_label_is_one_channel_of_eight_bits(tmp_path):
-    values = np.array([[0, 18, 255]], np.uint8)
-    palette = Image.fromarray(values)
+def test_the_bits_of_an_image_and_the_indices_of_a_palette_are_its_values(tmp_path):
+    palette = Image.fromarray(9 * np.array(LABEL, np.uint8))
     palette.putpalette(list(range(255, -1, -1)) * 3)
-    for name, image in {"gray": Image.fromarray(values), "palette": palette}.items():
-        image.save(tmp_path / f"{name}.png")
-        label = read_label(tmp_path / f"{name}.png")
-        assert label.mode == "L" and to_tensor(label).tolist() == values.tolist(), name
-    for name, pixels in {"color": np.zeros((2, 2, 3), np.uint8), "deep": np.zeros((2, 2), np.uint16)}.items():
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-        with pytest.raises(InputError) as error:
-            read_label(tmp_path / f"{name}.png")
-        assert f"{name}.png" in str(error.value)
+    palette.save(tmp_path / "palette.png")
+    assert read_label(tmp_path / "palette.png", TABLE).tolist() == LABEL
+    bits = ClassTable.from_rows([ROWS[0], {**ROWS[1], "id": 1}], "x")
+    assert read_label(save(tmp_path / "bits.png", 255 * np.array(LABEL), "1"), bits).tolist() == LABEL
 
 
-def test_only_the_first_rows_are_decoded(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    for name in ("a.png", "a.bmp"):
-        Image.fromarray(pixels).save(tmp_path / name)
-        assert np.array_equal(np.asarray(read_image(tmp_path / name, rows=25))[:25], pixels[:25])
-    assert not np.asarray(read_image(tmp_path / "a.png", rows=25))[25:].any()
+def test_a_label_of_16_bits_is_refused(tmp_path):
+    Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match=f"^{tmp_path / 'deep.png'}: .*I;16"):
+        read_label(tmp_path / "deep.png", TABLE)
 
 
-# ---- packed copies ---------------------------------------------------------------------------------------------------
-
-
-def test_packed_copies_give_the_same_crops(data, tmp_path):
-    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    samples = find_samples(tmp_path, "train")
-    keys = [(epoch, i) for epoch in range(3) for i in range(len(samples))]
-    dataset = TrainDataset(samples, (32, 64), 0)
-    before = [dataset[key] for key in keys]
-    pack_samples(samples, workers=1)
-    assert all(is_packed(path) for sample in samples for path in sample)
-    for key, item in zip(keys, before):
-        assert all(torch.equal(a, b) for a, b in zip(dataset[key], item))
-    packed = packed_path(samples[0].image)
-    np.save(packed, np.load(packed) * 0 + 7)
-    assert (dataset[0, 0][0] == 7).all()  # the copy is what is read
-    os.utime(packed, (0, 0))
-    assert torch.equal(dataset[0, 0][0], before[0][0])  # but not one that is older than the image
-    packed.write_bytes(b"text")
-    with pytest.raises(InputError) as error:
-        dataset[0, 0]
-    assert str(packed) in str(error.value)
+def test_an_unknown_value_names_the_file(tmp_path):
+    path = save(tmp_path / "x.png", [[0, 0], [0, 3]])
+    with pytest.raises(InputError, match=f"^{path}: 25.*3"):
+        read_label(path, TABLE)
 
 
 # ---- data sets -------------------------------------------------------------------------------------------------------
@@ -140,34 +190,41 @@ def test_packed_copies_give_the_same_crops(data, tmp_path):
 
 def test_crop_depends_only_on_seed_epoch_and_index(data):
     samples = find_samples(data, "train")
-    first, second = TrainDataset(samples, (32, 64), 0), TrainDataset(samples, (32, 64), 0)
+    first, second = (TrainDataset(samples, CITYSCAPES, (32, 64), 0) for _ in range(2))
     for i in (3, 1, 2):
         first[0, i]
     assert all(torch.equal(a, b) for a, b in zip(first[1, 4], second[1, 4]))
-    twice = TrainDataset([samples[4]] * 6, (32, 64), 0)  # another index of the same image
-    for other in (second[2, 4], twice[1, 3], TrainDataset(samples, (32, 64), 1)[1, 4]):
+    twice = TrainDataset([samples[4]] * 6, CITYSCAPES, (32, 64), 0)  # another index of the same image
+    for other in (second[2, 4], twice[1, 3], TrainDataset(samples, CITYSCAPES, (32, 64), 1)[1, 4]):
         assert not torch.equal(first[1, 4][0], other[0])
 
 
 def test_training_item_is_image_label_and_distortion(data):
     samples = find_samples(data, "train")
-    image, label, photometric = TrainDataset(samples, (32, 64), 0)[0, 0]
+    dataset = TrainDataset(samples, CITYSCAPES, (32, 64), 0)
+    image, label, photometric = dataset[0, 0]
     assert (image.shape, label.shape, photometric.shape) == ((3, 32, 64), (32, 64), (5,))
     assert (image.dtype, label.dtype, photometric.dtype) == (torch.uint8, torch.uint8, torch.float32)
-    plain = TrainDataset(samples, (32, 64), 0, color_jitter=False)
+    plain = TrainDataset(samples, CITYSCAPES, (32, 64), 0, color_jitter=False)
     assert all(plain[0, i][2].tolist() == list(NO_CHANGE) for i in range(len(plain)))
     assert torch.equal(plain[0, 0][0], image) and torch.equal(plain[0, 0][1], label)
-    drawn = {tuple(TrainDataset(samples, (32, 64), 0)[0, i][2].tolist()) for i in range(len(samples))}
-    assert len(drawn) > 1
+    assert len({tuple(dataset[0, i][2].tolist()) for i in range(len(samples))}) > 1
 
 
 def test_evaluation_reads_whole_images(data):
     samples = find_samples(data, "val")
-    dataset = EvalDataset(samples)
+    dataset = EvalDataset(samples, CITYSCAPES)
     image, label = dataset[2]
     assert len(dataset) == 5 and image.dtype == label.dtype == torch.uint8
     assert np.array_equal(image.permute(1, 2, 0), Image.open(samples[2].image))
-    assert np.array_equal(label, Image.open(samples[2].label))
+    assert np.array_equal(label, CITYSCAPES.to_train_ids(np.asarray(Image.open(samples[2].label))))
+
+
+def test_a_label_of_another_size_is_named(root):
+    save(root / "labels/val/a.png", np.zeros((4, 2)))
+    with pytest.raises(InputError, match=f"^{root / 'labels/val/a.png'}: .*4x2.*2x4"):
+        EvalDataset(find_samples(root, "val"), TABLE)[0]
+    assert find_images(root, "val")
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ocrnet.data.datasets import InfiniteSampler, TrainDataset
-from ocrnet.data.layout import find_samples
+from ocrnet.data.classes import CITYSCAPES
+from ocrnet.data.datasets import InfiniteSampler, TrainDataset, find_samples
 from ocrnet.data.transforms import preprocess
+from ocrnet.device import Accelerator
 from ocrnet.losses import ocr_loss
-from ocrnet.metrics import sum_over_processes
 from ocrnet.models import HRNet, OCRHead, OCRNet, build_model
 from ocrnet.sync_bn import SyncBatchNorm2d, convert_sync_bn
 
@@ -105,21 +105,24 @@ def test_conversion_keeps_weights_names_and_results():
     assert torch.equal(model.train()(x), nn.BatchNorm2d(4)(model[0](x)))  # without a process group: BatchNorm
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
-def sums(rank):
-    """The sums over ranks of int64 that float64 cannot hold, and of float64 that float32 cannot hold."""
-    return [
-        sum_over_processes(x)
-        for x in (torch.tensor([[2**53 + rank]]), torch.tensor([1 + 2.0**-40, torch.nan], dtype=torch.float64))
-    ]
+def exchange(rank):
+    """What ranks tell each other: int64 that float64 cannot hold, float64 that float32 cannot hold, objects, flags."""
+    accelerator = Accelerator("cpu")
+    accelerator.world_size = 2  # the process group was made without torchrun's environment
+    floats = torch.tensor([1 + 2.0**-40, torch.nan], dtype=torch.float64)
+    sums = [accelerator.sum_exact(x) for x in (torch.tensor([[2**53 + rank]]), floats)]
+    flags = [accelerator.any(value)() for value in (False, rank == 1, True)]
+    return *sums, accelerator.broadcast({"rank": rank}), flags
 
 
-def test_sums_over_processes_are_exact(tmp_path):
-    for integers, floats in in_processes(sums, tmp_path, 2):
+def test_processes_sum_exactly_and_agree(tmp_path):
+    for integers, floats, of_rank_0, flags in in_processes(exchange, tmp_path, 2):
         assert integers.tolist() == [[2**54 + 1]]
         assert floats[0] == 2 + 2.0**-39 and floats[1].isnan()
+        assert of_rank_0 == {"rank": 0} and flags == [False, True, True]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def train_steps(rank, root, dtype, world_size, batch_size, workers, lr=0.01, ste
         convert_sync_bn(model)
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    dataset = TrainDataset(find_samples(root, "train"), (64, 96), seed)
+    dataset = TrainDataset(find_samples(root, "train"), CITYSCAPES, (64, 96), seed)
     sampler = InfiniteSampler(len(dataset), seed, rank, world_size)
     batches = iter(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers))
     for _ in range(steps):
@@ -178,7 +181,7 @@ def test_in_fp32_they_are_equivalent_up_to_rounding(data, tmp_path):
 def test_accumulated_batches_are_equivalent_to_one_with_the_same_statistics(script, data, tmp_path):
     # Two images that are symmetric: any two crops in a row are these two, so each batch has the same statistics. With
     # seed 3 each process gets one of them twice.
-    for folder, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelTrainIds")):
+    for folder, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
         for split in ("train", "val"):
             for i, source in enumerate(sorted(data.glob(f"{folder}/{split}/*/*_{ending}.png"))[:2]):
                 half = np.asarray(Image.open(source))[:64, :64]

@@ -23,13 +23,12 @@ def sdaa_run(script, data, tmp_path_factory):
 
 def test_two_cards_train_in_fp16_validate_and_save(sdaa_run):
     folder, output = sdaa_run
-    assert re.search(r" sdaa .* 2 processes", output)
+    assert re.search(r" 2 x sdaa .*float16", output)
     assert [entry["split"] for entry in entries(folder / "log.jsonl")] == ["train"] * 4 + ["val"]
     state = torch.load(folder / "last.pt", weights_only=True)
     assert all(x.device.type == "cpu" for x in state["model"].values())
     assert state["scaler"]["scale"] > 1  # the loss was scaled
-    expected = {"device": "sdaa", "amp": True, "amp_dtype": "torch.float16", "world_size": 2}
-    assert expected.items() <= state["settings"].items()
+    assert "2 x sdaa" in state["settings"]["device"] and "float16" in state["settings"]["device"]
 
 
 def test_a_run_on_sdaa_resumes_to_the_same_weights(script, sdaa_run, data, tmp_path):
@@ -64,6 +63,6 @@ def test_a_checkpoint_of_sdaa_is_scored_and_resumed_on_another_device_and_back(s
 
 def test_only_visible_cards_are_used(script, data, tmp_path, monkeypatch):
     monkeypatch.setenv("SDAA_VISIBLE_DEVICES", "0")
-    flags = [*SDAA, "--data-path", data, "--output-dir", tmp_path, "--timeout", 10]
+    flags = [*SDAA, "--data-path", data, "--output-dir", tmp_path]
     done = script("train.py", *flags, processes=2, ok=False)
     assert re.search(r"^error: --device sdaa: .*\b1\b", done.stderr, re.MULTILINE)

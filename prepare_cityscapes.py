@@ -21,7 +21,7 @@ from tqdm.contrib.concurrent import process_map
 
 from ocrnet import InputError
 from ocrnet.checkpoint import atomic_write
-from ocrnet.data.classes import CITYSCAPES, ClassTable, read_classes
+from ocrnet.data.classes import ClassTable, read_classes
 from ocrnet.data.datasets import Sample, count_pixels, find_images, find_samples, image_folder, read_sample
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.script import make_parser, run_script
@@ -49,6 +49,7 @@ def main() -> None:
             f"are at https://www.cityscapes-dataset.com, and --synthetic needs none"
         )
     table, shares = read_classes(root), {}
+    convert = not (root / "classes.json").exists()  # Cityscapes
     for split in (folder.name for folder in folders):
         try:
             samples = find_samples(root, split)
@@ -57,7 +58,7 @@ def main() -> None:
                 raise
             print(f"{split}: {len(find_images(root, split))} images without labels")
             continue
-        counts = sum(process_map(partial(check, table=table), samples, desc=split, chunksize=8, disable=None))
+        counts = sum(process_map(partial(check, table=table, convert=convert), samples, desc=split, chunksize=8, disable=None))
         shares[split] = counts[:-1] / max(counts[:-1].sum(), 1)
         print(f"{split}: {len(samples)} images, {counts[:-1].sum() / counts.sum():.1%} of their pixels labeled")
     width = max(map(len, ("class", *table.names))) + 2
@@ -86,14 +87,14 @@ def unpack(path: Path, ending: str, root: Path) -> None:
         raise InputError(f"{path}: expected a zip, found another or a damaged file ({error})") from None
 
 
-def check(sample: Sample, table: ClassTable) -> np.ndarray:
+def check(sample: Sample, table: ClassTable, convert: bool) -> np.ndarray:
     """Read image and label. Return the pixels of each class, the ignored ones last, int64 (K + 1,).
 
-    Of Cityscapes also write the missing ``_labelTrainIds.png``, as cityscapesScripts' createTrainIdLabelImgs does.
+    With ``convert`` also write the missing ``_labelTrainIds.png``, as cityscapesScripts' createTrainIdLabelImgs does.
     """
     _, label = read_sample(sample, table)
     target = sample.label.with_name(sample.label.name.replace("_labelIds", "_labelTrainIds"))
-    if table is CITYSCAPES and not target.exists():
+    if convert and not target.exists():
         with atomic_write(target) as part:
             Image.fromarray(label).save(part, format="PNG")
     return count_pixels(label, len(table))

@@ -1,24 +1,21 @@
-"""Weights by name, from a local server in the place of the real ones: ocrnet/hub.py."""
+"""Weights by name, from a local server in the place of the real ones: models/hub.py."""
 
 import hashlib
 import re
+import socket
 import threading
-import types
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-from conftest import as_mmsegmentation
+from names import as_mmsegmentation
 from PIL import Image
 
-from ocrnet import hub
-from ocrnet.checkpoint import load_model
-from ocrnet.data.classes import CITYSCAPES
-from ocrnet.errors import InputError
-from ocrnet.hub import fetch, find_weights, url_of
-from ocrnet.models import build_model
+from ocrnet import InputError
+from ocrnet.models import build_model, hub, load_weights, weights
+from ocrnet.models.hub import url_of
 
 
 class Server(ThreadingHTTPServer):
@@ -71,90 +68,43 @@ def test_a_name_downloads_once_and_colors_an_image_without_a_data_set(server, ma
     assert set(map(tuple, colors)) <= {(80, 50, 50), (120, 120, 80)}
 
 
-def test_a_name_is_where_training_starts(server, main, data, tmp_path, capsys):
-    flags = ["--model", "hr18s", "--weights", "hr18s-40k", "--data-path", data, "--device", "cpu"]
-    main("train.py", *flags, "--output-dir", tmp_path / "run", "--dry-run")
-    assert "loaded from mmsegmentation" in capsys.readouterr().out and len(server.requests) == 1
-
-
 def test_a_file_of_other_content_is_refused(server, tmp_path):
     for path in (tmp_path / "server").rglob("*.pth"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=f"^{url_of('hr18s-40k')}: .*sha256"):
-        fetch(url_of("hr18s-40k"))
+    with pytest.raises(InputError, match=f"^{url_of('hr18s-40k', '')}: .*hash"):
+        load_weights(build_model("hr18s"), "hr18s-40k")
     assert not cached(tmp_path)
-
-
-def test_a_damaged_copy_is_removed(server, tmp_path):
-    path = fetch(url_of("hr18s-40k"))
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(InputError, match=f"^{path}: .*sha256"):
-        fetch(url_of("hr18s-40k"))
-    assert not path.exists()
-    assert fetch(url_of("hr18s-40k")).read_bytes() == content
 
 
 def test_without_a_network_the_error_says_where_the_file_belongs(server, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "MMSEGMENTATION_URL", "http://127.0.0.1:9")  # nobody listens there
-    url = url_of("hr18s-40k")
-    with pytest.raises(InputError, match=f"^{url}: .*{tmp_path / 'home/hub/checkpoints'}/{url.rsplit('/', 1)[1]}$"):
-        fetch(url)
+    with pytest.raises(InputError, match=f"^{url_of('hr18s-40k', '')}: .*{tmp_path / 'home/hub/checkpoints'}$"):
+        load_weights(build_model("hr18s"), "hr18s-40k")
 
 
-def test_one_process_of_a_host_downloads(server):
-    def barrier():  # where the second process waits until the first has come
-        assert not server.requests
-        find_weights("hr18s-40k", types.SimpleNamespace(local_rank=0, barrier=lambda: None))
-
-    find_weights("hr18s-40k", types.SimpleNamespace(local_rank=1, barrier=barrier))
-    assert len(server.requests) == 1
+def test_a_server_that_never_answers_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(weights, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(hub, "MMSEGMENTATION_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(InputError, match="timed out"):
+            load_weights(build_model("hr18s"), "hr18s-40k")
+    assert socket.getdefaulttimeout() is None
 
 
 def test_names_and_the_backbone_of_imagenet():
-    urls = [*map(url_of, hub.MODELS), *(url_of("imagenet", model) for model in hub.IMAGENET)]
+    urls = [*(url_of(name, "") for name in hub.MODELS), *(url_of("imagenet", model) for model in hub.IMAGENET)]
     assert all(re.search(r"-[0-9a-f]{8}\.pth$", url) for url in urls) and len(set(urls)) == len(urls)  # have a hash
-    assert url_of("hr48-160k") == (
+    assert url_of("hr48-160k", "hr48") == (
         "https://download.openmmlab.com/mmsegmentation/v0.5/ocrnet/ocrnet_hr48_512x1024_160k_cityscapes/"
         "ocrnet_hr48_512x1024_160k_cityscapes_20200602_191037-dfbf1b0c.pth"
     )
     assert url_of("imagenet", "hr18").endswith("/pretrain/third_party/hrnetv2_w18-00eb2006.pth")
-    for name, model, named in (("hr18-20k", None, "hr18-40k"), ("imagenet", "hr18t", "hr18t"), ("imagenet", None, "")):
+    for name, model, named in (("hr18-20k", "", "hr18-40k"), ("imagenet", "hr18t", "hr18t"), ("imagenet", "", "none")):
         with pytest.raises(InputError, match=f"^{name}: .*{named}"):
             url_of(name, model)
 
 
-def test_a_path_that_is_missing_is_no_name():
-    for path in ("runs/hr18", "hr18.pt"):
-        assert str(find_weights(path, None)) == path
-
-
-# ---- class names in the file -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "meta, names",
-    [
-        ({"CLASSES": ["a", "b"], "PALETTE": [[1, 2, 3], [4, 5, 6]]}, ["a", "b"]),
-        ({"dataset_meta": {"classes": ("a", "b"), "palette": [[1, 2, 3], [4, 5, 6]]}}, ["a", "b"]),
-        ({"dataset_meta": {"classes": ("a", "b")}}, None),
-        ({"mmseg_version": "1.2.2"}, None),
-    ],
-)
-def test_classes_of_mmsegmentations_files(tmp_path, meta, names):
-    torch.save({"meta": meta, "state_dict": as_mmsegmentation(build_model("hr18s", num_classes=2))}, tmp_path / "x.pth")
-    _, table = load_model(tmp_path / "x.pth")
-    assert (table and table.names) == names
-    if table:
-        assert table.palette[:2].tolist() == [[1, 2, 3], [4, 5, 6]] and table.ids == [0, 1]
-
-
-def test_cityscapes_classes_keep_their_label_ids(tmp_path):
-    meta = {"CLASSES": tuple(CITYSCAPES.names), "PALETTE": CITYSCAPES.palette[:19].tolist()}
-    torch.save({"meta": meta, "state_dict": as_mmsegmentation(build_model("hr18s"))}, tmp_path / "x.pth")
-    assert load_model(tmp_path / "x.pth")[1] is CITYSCAPES
-    meta["PALETTE"].pop()
-    meta["CLASSES"] = tuple(name.upper() for name in CITYSCAPES.names)
-    torch.save({"meta": meta, "state_dict": as_mmsegmentation(build_model("hr18s"))}, tmp_path / "x.pth")
-    with pytest.raises(InputError, match=f"^{tmp_path / 'x.pth'}: .*19 names and 18 colors"):
-        load_model(tmp_path / "x.pth")
+@pytest.mark.parametrize("path", ["runs/hr18", "hr18.pt"])
+def test_a_path_that_is_missing_is_no_name(path):
+    with pytest.raises(InputError, match=f"^{path}: no such file$"):
+        load_weights(build_model("hr18s"), path)

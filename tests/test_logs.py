@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ocrnet.errors import InputError
-from ocrnet.logs import read_log
+from ocrnet import InputError
+from ocrnet.logs import read_log, trim_log
 
 TRAIN = {"split": "train", "iter": 50, "loss": 1.5, "lr": 0.01}
 VAL = {"split": "val", "iter": 100, "mIoU": 0.5, "IoU": {"road": 0.5}}
@@ -58,3 +58,28 @@ def test_file_that_is_not_a_log_is_named(tmp_path, content):
     with pytest.raises(InputError) as error:
         read_log(tmp_path)
     assert str(tmp_path / "log.jsonl") in str(error.value)
+
+
+def test_the_header_of_mmengine_is_no_entry(tmp_path):
+    header = (
+        "Environment info:\n    sys.platform: linux\n    loss: 3\n{\"a\": 1}\n[1, 2]\n3\n{'seed': 0}\n" + "-" * 9 + "\n"
+    )
+    line = "05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 1e-02  loss: 1.9\n"
+    (tmp_path / "x.log").write_text(header + line)
+    assert read_log(tmp_path / "x.log").train == [{"split": "train", "iter": 50, "loss": 1.9, "lr": 0.01}]
+
+
+def test_of_a_repeated_iteration_the_last_entry_counts(tmp_path):
+    lines = [TRAIN, {**TRAIN, "iter": 100}, {**TRAIN, "loss": 7.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(entry["iter"], entry["loss"]) for entry in read_log(tmp_path).train] == [(50, 7.0), (100, 1.5)]
+
+
+def test_a_log_is_cut_where_the_checkpoint_stands_and_damaged_lines_go_alone(tmp_path):
+    path = tmp_path / "log.jsonl"
+    trim_log(path, 3)
+    assert not path.exists()
+    lines = [json.dumps({**TRAIN, "iter": i}) + "\n" for i in range(1, 7)]
+    path.write_text("".join([*lines[:2], "{damaged\n", *lines[2:], '{"split": "train", "iter": 2']))
+    trim_log(path, 4)
+    assert path.read_text() == "".join(lines[:4])

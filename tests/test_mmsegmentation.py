@@ -1,4 +1,4 @@
-"""Logits, losses, gradients and OHEM against mmsegmentation 1.2.2, from mmsegmentation/reference.json.
+"""Logits, losses and gradients against mmsegmentation 1.2.2, from mmsegmentation/reference.json.
 
 mmsegmentation is not needed: mmsegmentation/make_reference.py computed the file with it, from the same weights and
 inputs.
@@ -8,21 +8,19 @@ import json
 
 import pytest
 import torch
-from conftest import as_mmsegmentation
 from mmsegmentation.make_reference import (
     MODELS,
-    OHEM_SETTINGS,
     REFERENCE,
     SIZES,
     TRAINED,
     eval_image,
-    ohem_batch,
     sgd,
     tensor_of,
     train_batch,
 )
+from names import as_mmsegmentation
 
-from ocrnet.losses import AUX_LOSS_WEIGHT, hard_pixels, ocr_loss, ohem_mmsegmentation
+from ocrnet.losses import AUX_LOSS_WEIGHT, ocr_loss
 from ocrnet.models import build_model, load_weights
 from ocrnet.models.weights import rename_keys
 
@@ -68,11 +66,3 @@ def test_losses_gradients_and_steps_are_mmsegmentations(model):
             for name, norm in expected["gradients"].items():
                 assert parameters[our_names[name]].grad.norm().item() == pytest.approx(norm, rel=1e-8), name
         optimizer.step()
-
-
-@pytest.mark.parametrize("setting, expected", list(zip(OHEM_SETTINGS, EXPECTED["ohem"]["ohem"])))
-def test_ohem_is_mmsegmentations(setting, expected):
-    logits, label = ohem_batch()
-    threshold, min_kept = setting
-    loss = ohem_mmsegmentation(logits, label, threshold=threshold, min_kept=min_kept)
-    assert [loss.item(), hard_pixels(logits, label, threshold, 2 * min_kept).sum().item()] == pytest.approx(expected)

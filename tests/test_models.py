@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ocrnet.errors import InputError
+from ocrnet import InputError
 from ocrnet.losses import ocr_loss
 from ocrnet.models import BACKBONES, FCNHead, HRNet, ObjectAttention, OCRHead, SpatialGather, build_model
 from ocrnet.models.hrnet import conv_bn_relu

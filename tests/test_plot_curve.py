@@ -4,11 +4,10 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from ocrnet.errors import InputError
+from ocrnet import InputError
 
 TRAIN = [{"split": "train", "iter": i, "loss": 3 / i, "lr": 0.01 / i} for i in (1, 2, 3, 4)]
 VAL = [{"split": "val", "iter": 2, "mIoU": 0.25}, {"split": "val", "iter": 4, "mIoU": 0.125}]
@@ -32,9 +31,7 @@ def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys)
     main("plot_curve.py", *logs, "--output", tmp_path / "both.png")
     rows = re.findall(r"^(\w+): (\d+) .* (\d+) .* ([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
     assert rows == [("run", "4", "2", "25.00"), ("original", "2", "1", "61.50")]
-    main("plot_curve.py", *logs, "--output", tmp_path / "scaled.png", "--log-scale")
-    both, scaled = (np.asarray(Image.open(tmp_path / name)) for name in ("both.png", "scaled.png"))
-    assert both.shape == scaled.shape and np.any(both != scaled)
+    Image.open(tmp_path / "both.png").verify()
 
 
 def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsys):
@@ -54,6 +51,16 @@ def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsy
     (tmp_path / "small").mkdir()
     (tmp_path / "small/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in close))
     main("plot_curve.py", log("tiny", [1.1e-3, 1e-3, 1e-3, 1e-3]), tmp_path / "small", "--compare")  # 0.000075 apart
+
+
+def test_a_loss_that_is_not_a_number_is_not_equal(main, logs, tmp_path):
+    (tmp_path / "nan").mkdir()
+    lines = [{**entry, "loss": float("nan")} for entry in TRAIN]
+    (tmp_path / "nan/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for pair in ((tmp_path / "nan", logs[0]), (tmp_path / "nan", tmp_path / "nan")):
+        with pytest.raises(SystemExit) as error:
+            main("plot_curve.py", *pair, "--compare")
+        assert error.value.code == 1
 
 
 def test_logs_to_compare_are_two_of_the_same_iterations(main, logs, tmp_path):

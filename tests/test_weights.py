@@ -2,17 +2,16 @@
 
 import hashlib
 import pickle
-import re
 
 import pytest
 import torch
 import torchvision
-from conftest import as_authors, as_mmsegmentation
+from names import as_authors, as_mmsegmentation
 from torch import nn
 
+from ocrnet import InputError
 from ocrnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from ocrnet.data.classes import CITYSCAPES
-from ocrnet.errors import InputError
 from ocrnet.models import BACKBONES, build_model, load_weights
 from ocrnet.models.weights import rename_keys
 
@@ -234,17 +233,9 @@ def test_nan_and_infinity_in_weights_are_refused_by_name(tmp_path, only_hr18s, v
     name = "head.g.1.running_var"
     source.state_dict()[name][3] = value
     torch.save(source.state_dict(), tmp_path / "x.pth")
-    save_checkpoint(tmp_path / "x.pt", {"model": source.state_dict(), "config": source.config})
+    torch.save({"model": source.state_dict(), "config": source.config}, tmp_path / "x.pt")
     for message in (refused(load_weights, source, tmp_path / "x.pth"), refused(load_model, tmp_path / "x.pt")):
         assert str(tmp_path / "x.p") in message and name in message
-
-
-def test_dropout_set_by_the_user_stays(tmp_path):
-    torch.save(as_authors(build_model("hr18s")), tmp_path / "x.pth")
-    for dropout, expected in ((None, 0.05), (0.3, 0.3), (0.0, 0.0)):
-        model = build_model("hr18s", dropout=dropout)
-        load_weights(model, tmp_path / "x.pth")
-        assert model.config["dropout"] == model.head.classifier[0].p == expected
 
 
 def test_classifiers_of_other_classes_are_left_out(tmp_path):
@@ -287,14 +278,15 @@ def test_weights_of_another_backbone_are_refused(model, tmp_path, name):
     before = {key: x.clone() for key, x in model.state_dict().items()}
     torch.save(build_model(name).state_dict(), tmp_path / "x.pth")
     message = refused(load_weights, model, tmp_path / "x.pth")
-    assert str(tmp_path / "x.pth") in message and "backbone." in message and "--model" in message
+    assert str(tmp_path / "x.pth") in message and "backbone" in message and f"--model {name} fits" in message
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
 
 
 def test_tensor_of_another_shape_is_refused(model, tmp_path):
     torch.save({**model.state_dict(), "backbone.conv2.weight": torch.zeros(64, 64, 1, 1)}, tmp_path / "x.pth")
     message = refused(load_weights, model, tmp_path / "x.pth")
-    assert all(text in message for text in (str(tmp_path / "x.pth"), "backbone.conv2.weight", "--model"))
+    assert all(text in message for text in (str(tmp_path / "x.pth"), "backbone.conv2.weight", "(64, 64, 1, 1)"))
+    assert "--model" not in message  # no other would fit
 
 
 def test_file_with_too_little_of_the_backbone_is_refused(model, tmp_path):
@@ -344,14 +336,18 @@ def test_code_in_a_file_is_not_run(load, tmp_path, capsys):
     assert "this ran" not in capsys.readouterr().out
 
 
-def test_file_with_other_objects_is_refused_with_a_command_that_keeps_its_tensors(model, tmp_path, monkeypatch):
-    """As checkpoints of mmengine, whose training history is an object."""
-    torch.save({"state_dict": as_mmsegmentation(model), "meta": Exploit()}, tmp_path / "history.pth")
-    message = refused(load_weights, model, tmp_path / "history.pth")
-    assert str(tmp_path / "history.pth") in message
-    monkeypatch.chdir(tmp_path)
-    exec(re.search(r'python -c "(.*)"', message)[1], {})
-    assert not load_weights(model, tmp_path / "weights.pth").missing
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (b"", "0 bytes"),
+        (b"<!DOCTYPE html>", "<!DOCTYPE"),
+        (b"version https://git-lfs.github.com/spec/v1", "version http"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_one_sentence_that_says_what(model, tmp_path, content, found):
+    (tmp_path / "x.pth").write_bytes(content)
+    message = refused(load_weights, model, tmp_path / "x.pth")
+    assert message.startswith(f"{tmp_path / 'x.pth'}: ") and found in message and "\n" not in message
 
 
 # ---- checkpoints of this project -------------------------------------------------------------------------------------
@@ -378,7 +374,7 @@ def test_checkpoint_whose_tensors_do_not_fit_its_config_is_refused(tmp_path):
 
 
 def test_failed_write_keeps_the_old_checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "x.pt", {"model": {}, "config": {}, "iter": 1})
+    save_checkpoint(tmp_path / "x.pt", {"model": {}, "config": {}, "optimizer": {}, "iter": 1})
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path / "x.pt", {"model": {}, "config": (i for i in "no pickle")})
     assert load_checkpoint(tmp_path / "x.pt")["iter"] == 1

@@ -1,17 +1,17 @@
 """Generated street scenes in Cityscapes' layout: data to train on where there is no data set.
 
-A scene is a list of flat pieces in a world of meters, each with a Cityscapes label, painted from far to near through a
-pinhole camera. Image and label are painted from the same pieces, so the labels are exact.
+A scene is painted piece by piece, from far to near, through a pinhole camera. Image and label are painted from the same
+flat pieces, so the labels are exact.
 
 Color does not determine the class: road, sidewalk, building, wall and fence share their grays, and vehicles, signs and
-clothes share their paints. Shape, texture, position and context do. The buildings of one street have about one color,
-and so have its walls, fences, poles, trees, hedges and verges, under a light of its own: what a class looks like in
-*this* image says more than its color in all images.
+clothes share their paints. Shape, texture, position and context do. All buildings of one street have about one color,
+as have its walls, its trees and so on, under a light of its own: what a class looks like in *this* image says more than
+its color in all images.
 
 World: X to the right, Y up from the ground, Z away from the camera, in meters. Notation: H W the image's size.
 """
 
-import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,154 +30,9 @@ NEAR = 1.5  # meters; nothing closer is drawn
 IDS = {label.name: label.id for label in CITYSCAPES.labels}
 
 Point = tuple[float, float, float]
-Texture = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two world coordinates -> brightness factor, about 1
 
 
-# ---- textures: brightness over two coordinates in meters -------------------------------------------------------------
-
-
-def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarray:
-    """Where x, modulo ``period``, lies between two fractions of it."""
-    phase = (x / period) % 1
-    return (phase >= start) & (phase < stop)
-
-
-TEXTURES: dict[str, Texture] = {
-    "plain": lambda a, b: np.ones_like(a),
-    "tiles": lambda a, b: np.where(within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06),  # sidewalk
-    "windows": lambda a, b: np.where(within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05),  # building
-    "bricks": lambda a, b: np.where(  # wall: rows, every other one shifted
-        within(b, 0.35, 0, 0.2) | within(a + 0.4 * np.floor(b / 0.35), 0.8, 0, 0.12), 0.7, 1.05
-    ),
-    "bars": lambda a, b: np.where(within(a, 0.5, 0, 0.4) | within(b, 0.7, 0, 0.2), 1.2, 0.5),  # fence
-    "sleepers": lambda a, b: np.where(within(b, 0.8, 0, 0.4), 0.7, 1.1),  # rail track
-    "panes": lambda a, b: np.where((b > 1.5) & (b < 2.4) & within(a, 1.2, 0.12, 0.9), 0.35, 1.0),  # bus and train
-    "planks": lambda a, b: np.where(within(a, 0.45, 0, 0.15), 0.82, 1.0),  # truck
-    "spokes": lambda a, b: np.where(within(a + b, 0.22, 0, 0.45), 0.35, 1.1),  # bicycle
-}
-
-
-# ---- the painter -----------------------------------------------------------------------------------------------------
-
-
-class Scene:
-    """An image and its label being painted."""
-
-    def __init__(self, rng: np.random.Generator, size: tuple[int, int] = SIZE):
-        self.rng = rng
-        self.height, self.width = size
-        self.label = Image.new("L", (self.width, self.height), IDS["unlabeled"])
-        self.focal = self.width * rng.uniform(0.75, 1.0)
-        self.eye = rng.uniform(1.3, 2.0)  # the camera's height above the ground, meters
-        self.center = self.width * rng.uniform(0.4, 0.6)
-        self.horizon = self.height * rng.uniform(0.36, 0.5)
-        self.haze = rng.uniform(0.002, 0.008)  # a meter
-        sky = [(150, 185, 225), (200, 205, 210), (225, 205, 185)][rng.integers(3)]
-        self.sky = np.array(sky) * rng.uniform(0.7, 1.0)
-        self.sun = rng.choice([-1, 1])  # the side of the street that is lit
-        self.materials = {kind: gray(rng) for kind in ("building", "wall", "fence", "pole")}
-        self.materials |= {kind: green(rng) for kind in ("tree", "hedge", "terrain")}
-        rows, columns = np.mgrid[: SUPERSAMPLING * self.height, : SUPERSAMPLING * self.width]
-        self.x, self.y = (columns + 0.5) / SUPERSAMPLING, (rows + 0.5) / SUPERSAMPLING
-        self.image = np.zeros((*self.x.shape, 3), np.float32)
-        self.cloud = smooth_noise(rng, self.x.shape)
-        self.grain = rng.standard_normal(self.x.shape).astype(np.float32)
-
-    def project(self, point: Point) -> tuple[int, int]:
-        """World -> whole pixel."""
-        x, y, z = point[0], point[1], max(point[2], NEAR)
-        return (
-            round(self.center + self.focal * x / z),
-            round(self.horizon + self.focal * (self.eye - y) / z),
-        )
-
-    def at_pixel(self, x: float, y: float, z: float) -> Point:
-        """Pixel and depth -> world."""
-        return (x - self.center) * z / self.focal, self.eye - (y - self.horizon) * z / self.focal, z
-
-    def paint(
-        self,
-        label: str | None,
-        points: Sequence[Point],
-        color: Sequence[float],
-        texture: str = "plain",
-        roughness: float = 0.04,
-        patches: float = 0.08,
-    ) -> None:
-        """Paint one flat piece. Its plane follows from its points (one depth, one side, or the ground).
-
-        A piece without a label is a detail of an object below. ``roughness`` and ``patches`` scale the fine and the
-        coarse noise.
-        """
-        polygon = [self.project(point) for point in points]
-        if label:
-            ImageDraw.Draw(self.label).polygon(polygon, fill=IDS[label])
-        left, top = (max(min(values), 0) * SUPERSAMPLING for values in zip(*polygon))
-        right = min(max(x for x, _ in polygon) + 1, self.width) * SUPERSAMPLING
-        bottom = min(max(y for _, y in polygon) + 1, self.height) * SUPERSAMPLING
-        if left >= right or top >= bottom:
-            return
-        mask = Image.new("1", (right - left, bottom - top))
-        shifted = [((x + 0.5) * SUPERSAMPLING - left, (y + 0.5) * SUPERSAMPLING - top) for x, y in polygon]
-        ImageDraw.Draw(mask).polygon(shifted, fill=1)
-        inside = np.asarray(mask)
-        area = (slice(top, bottom), slice(left, right))
-        a, b, depth = self.world(points, self.x[area][inside], self.y[area][inside])
-        shade = TEXTURES[texture](a, b) + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
-        fog = np.exp(-self.haze * depth)[:, None]
-        self.image[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
-
-    def world(self, points: Sequence[Point], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Pixels of a piece -> two coordinates in its plane and the depth, all in meters."""
-        xs, ys, zs = zip(*points)
-        right, down = (x - self.center) / self.focal, (y - self.horizon) / self.focal  # of a ray, a meter of depth
-        if max(zs) - min(zs) < 1e-6:  # faces the camera
-            z = np.full_like(x, zs[0])
-            return right * z - min(xs), self.eye - down * z, z
-        if max(xs) - min(xs) < 1e-6:  # along the street
-            z = np.clip(xs[0] / np.where(abs(right) < 1e-3, 1e-3, right), NEAR, 200)
-            return z, self.eye - down * z, z
-        z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
-        return right * z, z, z
-
-    def material(self, kind: str) -> np.ndarray:
-        """The color of a class in this street, with a little variation."""
-        return self.materials[kind] * self.rng.uniform(0.93, 1.07)
-
-    # label, color, texture and noise (roughness, patches) are those of ``paint``; the rest is in meters
-
-    def front(self, label, x, y, width, height, z, color, texture="plain", **noise) -> None:
-        """A rectangle that faces the camera, its lower left corner at (x, y, z)."""
-        corners = [(x, y, z), (x + width, y, z), (x + width, y + height, z), (x, y + height, z)]
-        self.paint(label, corners, color, texture, **noise)
-
-    def side(self, label, x, z, length, height, color, texture="plain", y=0.0, **noise) -> None:
-        """A rectangle along the street, from depth z to z + length."""
-        corners = [(x, y, z), (x, y, z + length), (x, y + height, z + length), (x, y + height, z)]
-        self.paint(label, corners, color, texture, **noise)
-
-    def ground(self, label, x0, x1, z0, z1, color, texture="plain", **noise) -> None:
-        """A rectangle on the ground."""
-        self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **noise)
-
-    def finish(self) -> tuple[Image.Image, Image.Image]:
-        """The image, with the light, tint and noise of its camera, and the label."""
-        gain = self.rng.uniform(0.6, 1.2) * self.rng.uniform(0.8, 1.2, 3)
-        image = (self.image * gain + 3 * self.grain[..., None]).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(image).reduce(SUPERSAMPLING), self.label
-
-
-def smooth_noise(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Soft patches of several sizes, about -1 .. 1, (H, W)."""
-    total = np.zeros(shape, np.float32)
-    for cells in (4, 10, 28):
-        coarse = Image.fromarray(rng.uniform(-1, 1, (cells, 2 * cells)).astype(np.float32))
-        total += np.asarray(coarse.resize(shape[::-1], Image.Resampling.BICUBIC)) * 0.6
-    return total
-
-
-# ---- objects of a street -----------------------------------------------------------------------------------------
-
+# ---- colors and textures ---------------------------------------------------------------------------------------------
 
 # red, blue, yellow, white, black, gray, green
 PAINTS = [(190, 40, 40), (40, 70, 170), (210, 180, 50), (225, 225, 225), (45, 45, 50), (120, 125, 130), (50, 120, 70)]
@@ -198,6 +53,134 @@ def vivid(rng: np.random.Generator) -> np.ndarray:
     return np.array(PAINTS[rng.integers(len(PAINTS))]) + rng.uniform(-20, 20, 3)
 
 
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Soft patches of several sizes, about -1 .. 1, (H, W)."""
+    total = np.zeros(shape, np.float32)
+    for cells in (4, 10, 28):
+        coarse = Image.fromarray(rng.uniform(-1, 1, (cells, 2 * cells)).astype(np.float32))
+        total += np.asarray(coarse.resize(shape[::-1], Image.Resampling.BICUBIC)) * 0.6
+    return total
+
+
+def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarray:
+    """Where x, modulo ``period``, lies between two fractions of it."""
+    phase = (x / period) % 1
+    return (phase >= start) & (phase < stop)
+
+
+# Two coordinates of a plane in meters -> brightness factor, about 1.
+TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "plain": lambda a, b: np.ones_like(a),
+    "tiles": lambda a, b: np.where(within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06),
+    "windows": lambda a, b: np.where(within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05),
+    "bricks": lambda a, b: np.where(  # every other row is shifted
+        within(b, 0.35, 0, 0.2) | within(a + 0.4 * np.floor(b / 0.35), 0.8, 0, 0.12), 0.7, 1.05
+    ),
+    "bars": lambda a, b: np.where(within(a, 0.5, 0, 0.4) | within(b, 0.7, 0, 0.2), 1.2, 0.5),
+    "sleepers": lambda a, b: np.where(within(b, 0.8, 0, 0.4), 0.7, 1.1),
+    "panes": lambda a, b: np.where((b > 1.5) & (b < 2.4) & within(a, 1.2, 0.12, 0.9), 0.35, 1.0),
+    "planks": lambda a, b: np.where(within(a, 0.45, 0, 0.15), 0.82, 1.0),
+    "spokes": lambda a, b: np.where(within(a + b, 0.22, 0, 0.45), 0.35, 1.1),
+}
+
+
+# ---- the painter -----------------------------------------------------------------------------------------------------
+
+
+class Scene:
+    """An image and its label being painted, and the camera, light and materials of their street."""
+
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
+        self.rng = rng
+        self.height, self.width = size
+        self.label = Image.new("L", (self.width, self.height), IDS["unlabeled"])
+        self.focal = self.width * rng.uniform(0.75, 1.0)
+        self.eye = rng.uniform(1.3, 2.0)  # the camera's height above the ground, meters
+        self.center = self.width * rng.uniform(0.4, 0.6)
+        self.horizon = self.height * rng.uniform(0.36, 0.5)
+        self.haze = rng.uniform(0.002, 0.008)  # per meter
+        sky = [(150, 185, 225), (200, 205, 210), (225, 205, 185)][rng.integers(3)]
+        self.sky = np.array(sky) * rng.uniform(0.7, 1.0)
+        self.sun = rng.choice([-1, 1])  # the side of the street that is lit
+        self.materials = {kind: gray(rng) for kind in ("building", "wall", "fence", "pole")}
+        self.materials |= {kind: green(rng) for kind in ("tree", "hedge", "terrain")}
+        rows, columns = np.mgrid[: SUPERSAMPLING * self.height, : SUPERSAMPLING * self.width]
+        self.x, self.y = (columns + 0.5) / SUPERSAMPLING, (rows + 0.5) / SUPERSAMPLING
+        self.image = np.zeros((*self.x.shape, 3), np.float32)
+        self.cloud = smooth_noise(rng, self.x.shape)
+        self.grain = rng.standard_normal(self.x.shape).astype(np.float32)
+
+    def material(self, kind: str) -> np.ndarray:
+        """The color of a class in this street, with a little variation."""
+        return self.materials[kind] * self.rng.uniform(0.93, 1.07)
+
+    def project(self, x: float, y: float, z: float) -> tuple[int, int]:
+        """World -> whole pixel."""
+        scale = self.focal / max(z, NEAR)
+        return round(self.center + scale * x), round(self.horizon + scale * (self.eye - y))
+
+    def plane(self, points: Sequence[Point], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Pixels of a flat piece -> two coordinates in its plane and the depth, all in meters."""
+        xs, _, zs = zip(*points)
+        right, down = (x - self.center) / self.focal, (y - self.horizon) / self.focal  # of a ray, per meter of depth
+        if max(zs) - min(zs) < 1e-6:  # faces the camera
+            z = np.full_like(x, zs[0])
+            return right * z - min(xs), self.eye - down * z, z
+        if max(xs) - min(xs) < 1e-6:  # along the street
+            z = np.clip(xs[0] / np.where(abs(right) < 1e-3, 1e-3, right), NEAR, 200)
+            return z, self.eye - down * z, z
+        z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
+        return right * z, z, z
+
+    def paint(self, label, points, color, texture="plain", roughness=0.04, patches=0.08) -> None:
+        """Paint one flat piece: facing the camera, along the street or on the ground, as its points say.
+
+        Args:
+            label: of Cityscapes. None for a detail, whose pixels keep the label below.
+            points: corners (x, y, z) in the world.
+            color: red, green, blue, 0 .. 255.
+            roughness, patches: scales of the fine and the coarse noise.
+        """
+        polygon = [self.project(*point) for point in points]
+        if label:
+            ImageDraw.Draw(self.label).polygon(polygon, fill=IDS[label])
+        mask = Image.new("1", self.x.shape[::-1])
+        ImageDraw.Draw(mask).polygon([((x + 0.5) * SUPERSAMPLING, (y + 0.5) * SUPERSAMPLING) for x, y in polygon], 1)
+        box = mask.getbbox()
+        if box is None:  # outside the image
+            return
+        left, top, right, bottom = box
+        area, inside = (slice(top, bottom), slice(left, right)), np.asarray(mask.crop(box))
+        a, b, depth = self.plane(points, self.x[area][inside], self.y[area][inside])
+        shade = TEXTURES[texture](a, b) + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
+        fog = np.exp(-self.haze * depth)[:, None]
+        self.image[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
+
+    # Rectangles; positions and sizes in meters, the rest as for ``paint``.
+
+    def front(self, label, x, y, width, height, z, color, texture="plain", **noise) -> None:
+        """Faces the camera, its lower left corner at (x, y, z)."""
+        corners = [(x, y, z), (x + width, y, z), (x + width, y + height, z), (x, y + height, z)]
+        self.paint(label, corners, color, texture, **noise)
+
+    def side(self, label, x, z, length, height, color, texture="plain", y=0.0, **noise) -> None:
+        """Along the street, from depth z to z + length."""
+        corners = [(x, y, z), (x, y, z + length), (x, y + height, z + length), (x, y + height, z)]
+        self.paint(label, corners, color, texture, **noise)
+
+    def ground(self, label, x0, x1, z0, z1, color, texture="plain", **noise) -> None:
+        self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **noise)
+
+    def finish(self) -> tuple[Image.Image, Image.Image]:
+        """The image, with the light, tint and noise of its camera, and the label."""
+        gain = self.rng.uniform(0.6, 1.2) * self.rng.uniform(0.8, 1.2, 3)
+        image = (self.image * gain + 3 * self.grain[..., None]).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(image).reduce(SUPERSAMPLING), self.label
+
+
+# ---- objects of a street ---------------------------------------------------------------------------------------------
+
+
 def outline(points: Sequence[tuple[float, float]], x: float, z: float, flip: bool = False) -> list[Point]:
     """Meters to the right of and above a foot point -> a silhouette that faces the camera at (x, 0, z)."""
     return [(x + (-u if flip else u), v, z) for u, v in points]
@@ -211,6 +194,19 @@ def disc(u: float, v: float, radius: float, corners: int = 10) -> list[tuple[flo
 LEGS = [(-0.22, 0), (-0.05, 0), (0, 0.5), (0.05, 0), (0.22, 0), (0.2, 0.9), (-0.2, 0.9)]
 TORSO = [(-0.2, 0.8), (0.2, 0.8), (0.32, 0.85), (0.28, 1.45), (0.1, 1.52), (-0.1, 1.52), (-0.28, 1.45), (-0.32, 0.85)]
 PERSON = LEGS[:5] + TORSO[1:5] + disc(0, 1.65, 0.15, 6)[:4] + TORSO[5:]
+VEHICLES = {  # width, height (a car's without its cabin), length in meters; texture
+    "car": (1.8, 0.85, 4.0, "plain"),
+    "truck": (2.5, 3.3, 7.5, "planks"),
+    "bus": (2.5, 3.0, 11.0, "panes"),
+    "train": (2.8, 3.7, 30.0, "panes"),
+}
+FACADES = {  # least and greatest height in meters; texture
+    "building": (6, 16, "windows"),
+    "wall": (2.0, 3.6, "bricks"),
+    "fence": (1.6, 2.6, "bars"),
+    "hedge": (1.5, 5, "plain"),
+}
+LEAVES = dict(roughness=0.2, patches=0.2)
 
 
 def person(scene: Scene, x: float, z: float) -> None:
@@ -242,15 +238,10 @@ def two_wheeler(scene: Scene, x: float, z: float, label: str, ridden: bool) -> N
 
 
 def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
-    """A box on wheels: its side that can be seen, then its front."""
+    """A box on wheels: its shadow, the side toward the middle of the street, its front."""
     rng, color = scene.rng, vivid(scene.rng)
-    width, height, length, texture = {
-        "car": (1.8, 0.85, 4.0, "plain"),
-        "truck": (2.5, 3.3, 7.5, "planks"),
-        "bus": (2.5, 3.0, 11.0, "panes"),
-        "train": (2.8, 3.7, 30.0, "panes"),
-    }[label]
-    near = x if x > 0 else x + width  # the side toward the middle of the street
+    width, height, length, texture = VEHICLES[label]
+    near = x if x > 0 else x + width
     scene.ground(None, x - 0.2, x + width + 0.2, z - 0.2, z + length, np.full(3, 35), roughness=0.02)
     scene.side(label, near, z, length, height - 0.25, color * 0.75, texture, y=0.25)
     if label == "car":  # the cabin, set back on every side
@@ -258,68 +249,57 @@ def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
         roof = [(0.15, height), (width - 0.15, height), (width - 0.35, 1.5), (0.35, 1.5)]
         scene.paint(label, outline(roof, x, z + 0.5), color * 0.9)
         glass = [(0.3, height + 0.05), (width - 0.3, height + 0.05), (width - 0.42, 1.42), (0.42, 1.42)]
-        scene.paint(None, outline(glass, x, z + 0.5), np.array([60, 70, 80]))
+        scene.paint(None, outline(glass, x, z + 0.5), (60, 70, 80))
     scene.front(label, x, 0.25, width, height - 0.25, z, color)
     if label != "car":  # a windscreen; the truck's cab is lower than its box
         top = 0.72 if label == "truck" else 0.92
-        scene.front(None, x + 0.15, 0.45 * height, width - 0.3, (top - 0.45) * height, z, np.array([55, 65, 75]))
+        scene.front(None, x + 0.15, 0.45 * height, width - 0.3, (top - 0.45) * height, z, (55, 65, 75))
     for u in (0.05, width - 0.45):  # wheels and lights
-        scene.front(label, x + u, 0, 0.4, 0.35, z, np.full(3, 30))
-        scene.front(None, x + u, 0.55, 0.35, 0.2, z, np.array([230, 60, 50]) if rng.random() < 0.5 else np.full(3, 235))
-    if label == "car":
-        scene.front(None, x + 0.6, 0.35, 0.6, 0.2, z, np.full(3, 220))
+        scene.front(label, x + u, 0, 0.4, 0.35, z, (30, 30, 30))
+        scene.front(None, x + u, 0.55, 0.35, 0.2, z, (230, 60, 50) if rng.random() < 0.5 else (235, 235, 235))
+    if label == "car":  # license plate
+        scene.front(None, x + 0.6, 0.35, 0.6, 0.2, z, (220, 220, 220))
 
 
 def tree(scene: Scene, x: float, z: float) -> None:
-    rng = scene.rng
-    color, height = scene.material("tree") * 0.9, rng.uniform(4, 8)
-    scene.front("vegetation", x - 0.2, 0, 0.4, 0.5 * height, z, np.array([80, 65, 50]))
-    angles = np.arange(14) * 2 * np.pi / 14
-    radii = rng.uniform(0.75, 1.15, 14) * 0.3 * height
-    crown = [(float(r * np.cos(t)), float(0.68 * height + r * np.sin(t))) for r, t in zip(radii, angles)]
-    scene.paint("vegetation", outline(crown, x, z), color, roughness=0.2, patches=0.2)
+    color, height = scene.material("tree") * 0.9, scene.rng.uniform(4, 8)
+    scene.front("vegetation", x - 0.2, 0, 0.4, 0.5 * height, z, (80, 65, 50))
+    radii = scene.rng.uniform(0.75, 1.15, 14) * 0.3 * height
+    crown = [(r * u, 0.68 * height + r * v) for r, (u, v) in zip(radii, disc(0, 0, 1, 14))]
+    scene.paint("vegetation", outline(crown, x, z), color, **LEAVES)
 
 
 def pole(scene: Scene, x: float, z: float, carries: str) -> None:
-    """A pole, alone or with a sign, a light or a lamp on it."""
+    """A pole with a traffic light, a traffic sign or a lamp on it."""
     rng, height = scene.rng, scene.rng.uniform(2.8, 4.5)
     scene.front("pole", x - 0.13, 0, 0.26, height, z, scene.material("pole") * 0.8)
     if carries == "traffic light":
-        scene.front("traffic light", x - 0.25, height - 1.1, 0.5, 1.2, z, np.full(3, 40))
+        scene.front("traffic light", x - 0.25, height - 1.1, 0.5, 1.2, z, (40, 40, 40))
         lit = int(rng.integers(3))
         for i, color in enumerate([(60, 200, 110), (230, 180, 50), (220, 50, 40)]):
             spot = outline(disc(0, height - 0.88 + 0.37 * i, 0.15, 8), x, z)
             scene.paint(None, spot, np.array(color) * (1 if i == lit else 0.3))
     elif carries == "traffic sign":
-        corners = int(rng.choice([3, 4, 12]))
-        color = vivid(rng)
+        corners, color = int(rng.choice([3, 4, 12])), vivid(rng)
         scene.paint("traffic sign", outline(disc(0, height - 0.4, 0.7, corners), x, z), color)
-        scene.paint(None, outline(disc(0, height - 0.4, 0.42, corners), x, z), np.full(3, 225))
-    elif carries == "lamp":
+        scene.paint(None, outline(disc(0, height - 0.4, 0.42, corners), x, z), (225, 225, 225))
+    else:
         scene.front("pole", x - 0.1, height, 0.9 if x < 0 else -0.7, 0.15, z, scene.material("pole") * 0.8)
 
 
 def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
     """What lines the street: a stretch of building, wall, fence or hedge at X = x, from depth z on."""
-    rng = scene.rng
+    low, high, texture = FACADES[kind]
+    height, color = scene.rng.uniform(low, high), scene.material(kind)
     light = 1.0 if x * scene.sun > 0 else 0.7
-    if kind == "building":
-        height, color = rng.uniform(6, 16), scene.material(kind)
-        end = color * (1.7 - light)  # the end wall, lit when the front is not
-        scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, end, "windows")
-        scene.side(kind, x, z, length, height, color * light, "windows")
-    elif kind == "wall":
-        scene.side(kind, x, z, length, rng.uniform(2.0, 3.6), scene.material(kind) * light, "bricks")
-    elif kind == "fence":
-        scene.side(kind, x, z, length, rng.uniform(1.6, 2.6), scene.material(kind) * light, "bars")
-    elif kind == "hedge":
-        scene.side(
-            "vegetation", x, z, length, rng.uniform(1.5, 5), scene.material(kind) * light, roughness=0.2, patches=0.2
-        )
+    if kind == "building":  # its end wall is lit when its front is not
+        scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, color * (1.7 - light), texture)
+    label, noise = ("vegetation", LEAVES) if kind == "hedge" else (kind, {})
+    scene.side(label, x, z, length, height, color * light, texture, **noise)
 
 
 def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Image.Image, Image.Image]:
-    """One scene: an RGB image, and its label of one channel with Cityscapes' label ids."""
+    """One scene: an RGB image, and its label, mode L, of Cityscapes' label ids."""
     scene = Scene(rng, size)
     half = rng.uniform(3.5, 6.0)  # of the road's width
     walk = rng.uniform(1.8, 3.2)  # width of a sidewalk
@@ -341,24 +321,25 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
         scene.ground("sidewalk", inner, outer, NEAR, 150, ground * rng.uniform(0.85, 1.2), "tiles")
     dash = rng.uniform(2, 4)
     for z in np.arange(rng.uniform(2, 5), 60, 2 * dash):  # lane markings are road
-        scene.ground(None, -0.09, 0.09, z, z + dash, np.full(3, 205))
+        scene.ground(None, -0.09, 0.09, z, z + dash, (205, 205, 205))
 
     rails = rng.random() < 0.4 and rng.choice([-1, 1])  # a side with a train, or none
     for side in (-1, 1):
         z, stretches = rng.uniform(2.5, 6), []
         while z < 70:
             length = rng.uniform(6, 16)
-            kind = rng.choice(["building", "wall", "fence", "hedge", "none"], p=[0.36, 0.2, 0.2, 0.14, 0.1])
+            kind = rng.choice([*FACADES, "none"], p=[0.36, 0.2, 0.2, 0.14, 0.1])
             stretches.append((kind, side * (edge + verge + (3.5 if rails == side else 0)), z, length))
             z += length
         for kind, x, z, length in reversed(stretches):
-            facade(scene, kind, x, z, length)
+            if kind != "none":
+                facade(scene, kind, x, z, length)
     if rails:
         x, z = rails * (edge + 0.4 + 2.8 / 2) - 2.8 / 2, rng.uniform(7, 25)
-        scene.ground("rail track", x - 0.3, x + 3.1, NEAR, 150, np.array([110, 100, 95]), "sleepers")
+        scene.ground("rail track", x - 0.3, x + 3.1, NEAR, 150, (110, 100, 95), "sleepers")
         vehicle(scene, "train", x, z)
 
-    things = []  # (depth, how to paint it); nearest last
+    things = []  # (depth, side of the street, how to paint it)
 
     def put(count: int, near: float, far: float, paint: Callable[[float, int], None]) -> None:
         for _ in range(count):
@@ -382,45 +363,58 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
         paint(z, side)
 
     if rng.random() < 0.3:
-        x, z = rng.uniform(-half, half), rng.uniform(25, 40)
-        person(scene, x, z)
-        rng.random(4)  # not used: so the scenes stay those that the READMEs' figures were measured on
-    bonnet = rng.uniform(0.02, 0.08) * scene.height  # the car that carries the camera
-    corners = [(0.1, 0.0), (0.9, 0.0), (0.75, bonnet), (0.25, bonnet)]
-    points = [scene.at_pixel(x * scene.width, scene.height - y, NEAR) for x, y in corners]
-    scene.paint("ego vehicle", points, vivid(rng) * 0.5)
+        person(scene, rng.uniform(-half, half), rng.uniform(25, 40))
+        gray(rng)  # not used, but drawn: published figures were measured on the scenes that follow from it
+    bonnet = rng.uniform(0.02, 0.08) * scene.height  # pixels of the car that carries the camera
+    low, high = (scene.eye - (scene.height - y - scene.horizon) * NEAR / scene.focal for y in (0, bonnet))
+    x0, x1, x2, x3 = ((x * scene.width - scene.center) * NEAR / scene.focal for x in (0.1, 0.25, 0.75, 0.9))
+    corners = [(x0, low, NEAR), (x3, low, NEAR), (x2, high, NEAR), (x1, high, NEAR)]
+    scene.paint("ego vehicle", corners, vivid(rng) * 0.5)
     return scene.finish()
 
 
 # ---- writing a data set ----------------------------------------------------------------------------------------------
 
 
+def scene_paths(root: Path, split: str, index: int) -> tuple[Path, Path]:
+    """Image and label of a scene."""
+    city = f"synth{split}"
+    name = f"{city}_{index:06d}_000000"
+    return (
+        root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png",
+        root / "gtFine" / split / city / f"{name}_gtFine_labelIds.png",
+    )
+
+
 def write_scene(root: Path, scene: tuple[str, int]) -> None:
     """Write image and label of one scene, which depends only on split and index."""
     split, index = scene
-    city = f"synth{split}"
     images = street(np.random.default_rng([0, sorted(SPLITS).index(split), index]))
-    for image, (folder, ending) in zip(images, (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"))):
-        path = root / folder / split / city / f"{city}_{index:06d}_000000_{ending}.png"
+    for image, path in zip(images, scene_paths(root, split, index)):
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
 
 
 def write_dataset(root: Path, splits: Mapping[str, int] = SPLITS) -> None:
-    """Write a data set in Cityscapes' layout to ``root``, which is whole or absent at any moment.
+    """Write a data set in Cityscapes' layout as ``root``, which is whole or absent at any moment. Kept if it exists.
 
     Args:
         splits: number of scenes in "train" and "val".
 
     Raises:
-        InputError: ``root`` exists and is not such a data set.
+        InputError: ``root`` exists and is something else.
     """
     if root.exists():
-        if not (root / "leftImg8bit/train/synthtrain").is_dir():
-            raise InputError(f"--data-path {root}: expected generated data, or a folder that does not exist")
+        for split in splits:
+            image, _ = scene_paths(root, split, 0)
+            if not image.exists():
+                raise InputError(
+                    f"{root}: expected generated data or a folder that does not exist, found no {image}: choose "
+                    f"another folder, or remove this one"
+                )
         return
-    part = root.with_name(f"{root.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    jobs = [(split, index) for split, count in splits.items() for index in range(count)]
-    process_map(partial(write_scene, part), jobs, desc="drawing streets", chunksize=8, disable=None)
-    part.rename(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}.part", dir=root.parent) as part:
+        scenes = [(split, index) for split, count in splits.items() for index in range(count)]
+        process_map(partial(write_scene, Path(part, root.name)), scenes, desc="drawing streets", disable=None)
+        Path(part, root.name).rename(root)

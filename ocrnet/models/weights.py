@@ -48,6 +48,7 @@ AUTHORS = {
 # an ImageNet HRNet, torchvision's ResNet, or ResNetV1c
 BACKBONE = {r"stem\.7\.": "backbone.bn1.", r"stem\.": "backbone.conv1.", r"": "backbone."}
 AUTHORS_DROPOUT = 0.05
+TIMEOUT = 30  # seconds that a server may be silent
 
 CLASSIFIERS = ("head.region_head.2.", "head.classifier.1.")
 # ImageNet classifiers, the class weights in the authors' loss, and counters of averaged models
@@ -105,7 +106,7 @@ def read_file(source: Path | str, model: str = "") -> Any:
 def download(url: str) -> Any:
     """The contents of a file that torch.hub keeps in ``~/.cache/torch/hub/checkpoints`` after the first time."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without an answer
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # of the network, the hash, or the file

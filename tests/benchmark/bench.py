@@ -3,16 +3,16 @@
     python tests/benchmark/bench.py                                       hr18, one 512x1024 crop, fp32 and bf16
     python tests/benchmark/bench.py --model hr18s --crop-size 256 512 --batch-size 1 2 4 --dtype fp32
     python tests/benchmark/bench.py --only loader
-    python tests/benchmark/bench.py --only growth --plot cost.png         time per step against batch, crop, model
+    python tests/benchmark/bench.py --against ../before --no-peer         another checkout of this repository
 
 If mmsegmentation 1.2.2 is installed (see mmsegmentation/peer.py), its step, pipeline and prediction are measured too.
-Each implementation runs in a process of its own, and they take turns, so that other load on the machine affects both.
+Each implementation runs in a process of its own, and they take turns, so that other load on the machine affects all.
 Times are medians of --repeat turns.
 
 A step begins with the uint8 batch: photometric distortion (which the peer has in its loader), normalization, forward,
 loss, backward, optimizer. GFLOP are those of our convolutions and matrix products, forward and backward, with two per
 multiply-add. "of best" is relative to a single 3x3 convolution of 256 channels in the better of two memory formats.
-Memory is the peak of the process minus what it held before the model was built.
+Memory is the peak of the card, or of the process minus what it held before the model was built.
 
 Notation: B batch, H W the crop's size.
 """
@@ -24,7 +24,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -43,14 +42,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from mmsegmentation.peer import build_peer, load_config  # noqa: E402
 
 from ocrnet import device  # noqa: E402
-from ocrnet.data.datasets import TrainDataset  # noqa: E402
-from ocrnet.data.layout import find_samples  # noqa: E402
-from ocrnet.data.packed import pack_samples  # noqa: E402
+from ocrnet.data.classes import CITYSCAPES  # noqa: E402
+from ocrnet.data.datasets import TrainDataset, find_samples  # noqa: E402
 from ocrnet.data.synthetic import street  # noqa: E402
-from ocrnet.data.train_ids import write_missing_train_ids  # noqa: E402
 from ocrnet.data.transforms import preprocess, sample_photometric  # noqa: E402
 from ocrnet.device import Accelerator  # noqa: E402
-from ocrnet.inference import segment  # noqa: E402
+from ocrnet.inference import make_forward  # noqa: E402
 from ocrnet.losses import ocr_loss  # noqa: E402
 from ocrnet.metrics import ConfusionMatrix  # noqa: E402
 from ocrnet.models import build_model  # noqa: E402
@@ -71,7 +68,9 @@ def reset_peak() -> float:
 
 
 def peak_memory() -> float:
-    """Peak MiB of this process: on Linux since ``reset_peak``, elsewhere since its start."""
+    """Peak MiB of the card, or of this process: on Linux since ``reset_peak``, elsewhere since its start."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     if os.path.exists("/proc/self/status"):
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -138,14 +137,14 @@ class Ours:
         self.model.eval().to(memory_format=torch.channels_last)  # as evaluate.py does
         clock = Clock(self.device)
         confusion = ConfusionMatrix(19, self.device)
-        prediction = segment(self.model, self.image[:1].cpu(), self.accelerator)
+        prediction = make_forward(self.model, self.accelerator)(self.image[:1].cpu())[0].max(dim=1).indices
         confusion.update(self.label[:1], prediction)
         clock.tick()
         return clock.seconds()
 
     def prepare_loader(self) -> None:
         samples = find_samples(Path(self.case["data"]), "train")
-        self.dataset = TrainDataset(samples, self.case["crop_size"], seed=0)
+        self.dataset = TrainDataset(samples, CITYSCAPES, self.case["crop_size"], seed=0)
         self.index = 0
 
     def load(self) -> list[float]:
@@ -154,14 +153,6 @@ class Ours:
         self.index += 1
         clock.tick()
         return clock.seconds()
-
-
-class Packed(Ours):
-    """Ours, reading the copies of ``prepare_cityscapes.py --pack``."""
-
-    def prepare_loader(self) -> None:
-        self.case["data"] = self.case["packed"]
-        super().prepare_loader()
 
 
 class Peer(Ours):
@@ -223,7 +214,7 @@ class Peer(Ours):
 def serve(who: str, case: dict) -> None:
     """The measured process: read names of methods from stdin and answer each with a line of JSON."""
     torch.set_num_threads(case["threads"])
-    measured = {"ours": Ours, "packed": Packed, "peer": Peer}[who](case)
+    measured = {"ours": Ours, "peer": Peer}[who](case)
     answers, sys.stdout = sys.stdout, sys.stderr
     before = reset_peak()
     for line in sys.stdin:
@@ -236,7 +227,8 @@ class Process:
     """A handle on one measured process: calling it with the name of a method returns that method's result."""
 
     def __init__(self, who: str, case: dict):
-        command = [sys.executable, __file__, "--serve", who, json.dumps(case)]
+        script = Path(case["against"], "tests/benchmark/bench.py") if who == "before" else __file__
+        command = [sys.executable, str(script), "--serve", who.replace("before", "ours"), json.dumps(case)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(case["threads"])}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -313,12 +305,11 @@ def write_images(root: Path, splits: dict[str, int]) -> None:
         labels.mkdir(parents=True)
         for i in range(count):
             rng = np.random.default_rng(i)
-            image, annotation = street(rng, (1024, 2048))
+            image, label = street(rng, (1024, 2048))
             noisy = np.asarray(image).astype(float) + rng.normal(0, 2.0, (1024, 2048, 1))
             noisy = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
             noisy.save(images / f"bench_{i:06d}_000000_leftImg8bit.png")
-            (labels / f"bench_{i:06d}_000000_gtFine_polygons.json").write_text(json.dumps(annotation))
-    write_missing_train_ids(root)
+            label.save(labels / f"bench_{i:06d}_000000_gtFine_labelIds.png")
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -345,30 +336,25 @@ def bench_step(args: argparse.Namespace, who: list[str]) -> None:
                     f"  {batch / total:6.2f} images/s  {work / total:6.0f} GFLOP/s  {work / total / best:4.0%} of best"
                     f"  {memory:6.0f} MiB"
                 )
-            if len(who) == 2:
-                (ours, our_memory), (theirs, their_memory) = results["ours"], results["peer"]
+            ours, our_memory = results["ours"]
+            for name in who[1:]:
+                theirs, memory = results[name]
                 print(
-                    f"{head}  ratio: {speedup(sum(theirs), sum(ours))} as fast, "
-                    f"{our_memory / their_memory:.2f} of the memory"
+                    f"{head}  {speedup(sum(theirs), sum(ours))} as fast as {name}, {our_memory / memory:.2f} of the memory"
                 )
 
 
 def bench_loader(args: argparse.Namespace, who: list[str]) -> None:
     print("\nloader: a random 512x1024 crop of a 2048x1024 PNG, one thread")
     with tempfile.TemporaryDirectory() as folder:
-        png, packed = Path(folder, "png"), Path(folder, "packed")
-        write_images(png, {"train": 4})
-        shutil.copytree(png, packed)
-        pack_samples(find_samples(packed, "train"))
-        size = np.mean([path.stat().st_size for path in png.rglob("*_leftImg8bit.png")]) / 1e6
+        write_images(Path(folder), {"train": 4})
+        size = np.mean([path.stat().st_size for path in Path(folder).rglob("*_leftImg8bit.png")]) / 1e6
         print(f"PNGs of {size:.1f} MB")
-        paths = {"data": str(png), "packed": str(packed)}
-        case = case_of(args, "fp32", 1) | {"crop_size": [512, 1024], "threads": 1} | paths
-        results = take_turns(case, [*who, "packed"], "prepare_loader", "load", 20 * args.repeat, warm=4)
+        case = case_of(args, "fp32", 1) | {"crop_size": [512, 1024], "threads": 1, "data": folder}
+        results = take_turns(case, who, "prepare_loader", "load", 20 * args.repeat, warm=4)
         for name, ((seconds,), _) in results.items():
-            print(f"{name}: {1000 * seconds:6.1f} ms, {1 / seconds:5.1f} images/s per core")
-            if "peer" in results and name != "peer":
-                print(f"{name}: {speedup(results['peer'][0][0], seconds)} as fast as the peer")
+            ratio = speedup(seconds, results["ours"][0][0])
+            print(f"{name}: {1000 * seconds:6.1f} ms, {1 / seconds:5.1f} images/s per core; ours {ratio} as fast")
 
 
 def bench_evaluation(args: argparse.Namespace, who: list[str]) -> None:
@@ -378,74 +364,12 @@ def bench_evaluation(args: argparse.Namespace, who: list[str]) -> None:
         results = take_turns(case, who, "build", "evaluate", args.repeat)
         for name, ((seconds,), memory) in results.items():
             print(f"{args.model} {dtype}  {name}: {seconds:6.2f} s, {1 / seconds:5.2f} images/s, {memory:6.0f} MiB")
-        if len(who) == 2:
-            print(f"{args.model} {dtype}  ratio: {speedup(results['peer'][0][0], results['ours'][0][0])} as fast")
-
-
-def seconds_per_step(processes: int, folder: Path) -> float:
-    """Median of train.py's steps: hr18s, one 256x512 crop and one core per process."""
-    run = folder / f"run{processes}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(ROOT / "train.py"), "--device=cpu", "--model=hr18s", "--crop-size", "256", "512", "--workers=0"]
-    command += ["--batch-size=1", "--max-iters=12", "--log-every=1", "--val-every=1000", "--save-every=1000"]
-    command += [f"--data-path={folder / 'data'}", f"--output-dir={run}"]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    speeds = [entry["images_per_s"] for entry in log if entry["split"] == "train"]
-    return processes / statistics.median(speeds[2:])
-
-
-def bench_growth(args: argparse.Namespace, who: list[str]) -> None:
-    """Our steps in fp32 as batch, crop, model or number of processes grow."""
-    base = {"model": "hr18s", "crop_size": [256, 512], "batch": 1}
-    sweeps = {
-        "batch of 256x512, hr18s": [(str(n), base | {"batch": n}) for n in (1, 2, 4)],
-        "crop, hr18s": [(f"{n}x{2 * n}", base | {"crop_size": [n, 2 * n]}) for n in (128, 256, 512, 1024)],
-        "model, 256x512": [(name, base | {"model": name}) for name in ("hr18s", "hr18", "hr32", "hr48")],
-    }
-    results = {}
-    for title, cases in sweeps.items():
-        print(f"\ngrowth: {title}")
-        rows = []
-        for name, changes in cases:
-            case = case_of(args, "fp32", 1) | changes
-            parts, memory = take_turns(case, ["ours"], "build", "step", args.repeat, warm=2)["ours"]
-            rows.append((name, sum(parts), gflop(case)))
-            print(f"{name:>10}: {rows[-1][1]:6.2f} s  {rows[-1][2]:6.0f} GFLOP  {memory:6.0f} MiB")
-        results[title] = [(name, seconds, rows[0][1] * work / rows[0][2]) for name, seconds, work in rows]
-    print("\ngrowth: processes, one core and one 256x512 crop each, hr18s, train.py")
-    with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder, "data"), {"train": 4, "val": 1})
-        rows = [(n, seconds_per_step(n, Path(folder))) for n in range(1, (os.cpu_count() or 1) + 1)]
-    for name, seconds in rows:
-        print(f"{name:>10}: {seconds:6.2f} s")
-    results["processes of one core"] = [(str(name), seconds, rows[0][1]) for name, seconds in rows]
-    if args.plot:
-        plot_growth(results, args.plot)
-
-
-def plot_growth(results: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
-    """A panel per sweep: (name, seconds, seconds in proportion to the work) of each point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(13, 3.4), layout="constrained")
-    for axis, (title, rows) in zip(axes, results.items()):
-        names, seconds, proportional = zip(*rows)
-        axis.plot(names, proportional, "--", color="0.6", label="proportional to the work")
-        axis.plot(names, seconds, "o-", color="tab:blue", label="measured")
-        axis.set(title=title, ylim=(0, 1.15 * max(seconds + proportional)))
-        axis.grid(axis="y", color="0.9")
-    axes[0].set_ylabel("seconds per step, fp32")
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+        for name in who[1:]:
+            print(f"{args.model} {dtype}  {speedup(results[name][0][0], results['ours'][0][0])} as fast as {name}")
 
 
 def case_of(args: argparse.Namespace, dtype: str, batch: int) -> dict:
-    names = ("model", "crop_size", "device", "layout", "compile", "threads")
+    names = ("model", "crop_size", "device", "layout", "compile", "threads", "against")
     return {name: getattr(args, name) for name in names} | {"dtype": dtype, "batch": batch}
 
 
@@ -464,16 +388,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), **show)
     parser.add_argument("--repeat", type=int, default=3, **show)
     parser.add_argument("--only", nargs="+", choices=TASKS, default=["step", "loader", "evaluation"], **show)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot of the growth")
+    parser.add_argument("--against", metavar="DIR", help="also measure another checkout of this repository")
     parser.add_argument("--no-peer", action="store_true", help="do not measure mmsegmentation")
     args = parser.parse_args()
-    who = ["ours", "peer"] if HAS_PEER and not args.no_peer else ["ours"]
+    who = ["ours"] + ["before"] * bool(args.against) + ["peer"] * (HAS_PEER and not args.no_peer)
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads; {' and '.join(who)} in turns")
     for name in args.only:
         TASKS[name](args, who)
 
 
-TASKS = {"step": bench_step, "loader": bench_loader, "evaluation": bench_evaluation, "growth": bench_growth}
+TASKS = {"step": bench_step, "loader": bench_loader, "evaluation": bench_evaluation}
 
 if __name__ == "__main__":
     main()

@@ -24,16 +24,15 @@ from solution import run
 from torch import Tensor
 
 from ocrnet.checkpoint import load_model
-from ocrnet.data.datasets import EvalDataset
-from ocrnet.data.layout import find_samples
-from ocrnet.data.train_ids import write_missing_train_ids
+from ocrnet.data.classes import read_classes
+from ocrnet.data.datasets import EvalDataset, find_samples
 from ocrnet.device import Accelerator
 from ocrnet.explain import explain
 from ocrnet.inference import forward_image
 from ocrnet.models import BACKBONES
 from ocrnet.models.resnet import ResNet
+from ocrnet.plots import plt
 from ocrnet.script import run_script
-from ocrnet.visualize import plt
 
 
 class LocalResNet(ResNet):
@@ -85,13 +84,12 @@ def write_discs(root: Path) -> None:
             label.save(root / "labels" / split / f"{i}.png")
     rows = [{"name": name, "id": k, "train_id": k, "color": CLASSES[name]} for k, name in enumerate(CLASSES)]
     (root / "classes.json").write_text(json.dumps(rows))
-    write_missing_train_ids(root)
 
 
 def weight_of_lamp(ckpt: Path, data: Path) -> float:
     """The mean relation w_ik between the pixels i of the discs and the region k of the lamp."""
     model, lamp, weights = load_model(ckpt)[0], list(CLASSES).index("lamp"), []
-    for image, label in EvalDataset(find_samples(data, "val")):
+    for image, label in EvalDataset(find_samples(data, "val"), read_classes(data)):
         w = explain(model, image, Accelerator("cpu")).w[lamp]  # (h, w)
         small = F.interpolate(label[None, None].float(), size=w.shape, mode="nearest")[0, 0]  # (h, w)
         weights.append(w[small > lamp])
@@ -104,7 +102,7 @@ def draw_predictions(folder: Path, seed: int, path: Path, count: int = 4) -> Non
     models = [load_model(folder / f"local-{head}-{seed}" / "last.pt")[0] for head in ("fcn", "ocr")]
     palette, accelerator = np.array(list(CLASSES.values()), np.uint8), Accelerator("cpu")
     fig, axes = plt.subplots(count, 4, figsize=(10, 1.6 * count), layout="constrained")
-    for row, (image, label) in zip(axes, EvalDataset(samples)):
+    for row, (image, label) in zip(axes, EvalDataset(samples, read_classes(folder / "data"))):
         predictions = [forward_image(model, image[None], accelerator)[0][0].argmax(0) for model in models]
         for axis, shown in zip(row, (image.permute(1, 2, 0), *(palette[x] for x in (label, *predictions)))):
             axis.imshow(shown)

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import evaluate as evaluate_script
 import train as train_script
-from ocrnet import evaluation
 from ocrnet.data.datasets import EvalDataset
 from ocrnet.models import OCRHead
 from ocrnet.script import run_script
@@ -34,7 +33,7 @@ def run() -> None:
 
 def keep_labels() -> None:
     """From now on ``OCRHead.label``, (B, H, W), is the label of the images in each training or validation step."""
-    to_device, get_item, evaluate = train_script.to_device, EvalDataset.__getitem__, evaluation.evaluate
+    to_device, get_item, evaluate = train_script.to_device, EvalDataset.__getitem__, train_script.evaluate
 
     def to_device_keeping_label(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         image, OCRHead.label = to_device(batch, device)
@@ -45,10 +44,10 @@ def keep_labels() -> None:
         OCRHead.label = label[None]
         return image, label
 
-    def evaluate_in_process(model, dataset, num_classes, accelerator, segment, workers=0, *args, **keywords):
+    def evaluate_in_process(forward, dataset, num_classes, accelerator, workers=0, criterion=None):
         # without workers an image is read in this process, right before its prediction
-        return evaluate(model, dataset, num_classes, accelerator, segment, 0, *args, **keywords)
+        return evaluate(forward, dataset, num_classes, accelerator, 0, criterion)
 
     train_script.to_device = to_device_keeping_label
     EvalDataset.__getitem__ = get_item_keeping_label
-    train_script.evaluate = evaluation.evaluate = evaluate_in_process
+    train_script.evaluate = evaluate_script.evaluate = evaluate_in_process

@@ -1,4 +1,4 @@
-"""Compute reference.json: logits, losses, gradients and OHEM of mmsegmentation, in float64. See README.md.
+"""Compute reference.json: logits, losses and gradients of mmsegmentation, in float64. See README.md.
 
     python tests/mmsegmentation/make_reference.py            compare with the file
     python tests/mmsegmentation/make_reference.py --write    write the file
@@ -22,8 +22,7 @@ MODELS = ("hr18s", "r101")
 SIZES = ((64, 128), (97, 161))
 TRAINED = "hr18s"  # has no dropout
 # Largest difference from the file. Its logits were computed in fp32, whose rounding is 1.2e-6 of the largest logit.
-TOLERANCES = {"logits": 2e-6, "losses": 1e-9, "gradients": 1e-9, "ohem": 1e-9}
-OHEM_SETTINGS = ((0.7, 10), (0.05, 40), (0.01, 2), (0.3, 1000))  # threshold, min_kept per image
+TOLERANCES = {"logits": 2e-6, "losses": 1e-9, "gradients": 1e-9}
 GRADIENTS = (
     "backbone.conv1.weight",
     "backbone.stage4.1.fuse_layers.0.3.0.weight",
@@ -69,13 +68,6 @@ def train_batch() -> tuple[Tensor, Tensor]:
     return random_image(2, 3, 64, 128, seed=1).double(), label
 
 
-def ohem_batch() -> tuple[Tensor, Tensor]:
-    """Logits (2, 5, 16, 24) in float64 and labels (2, 16, 24), of which two rows of the first image are ignored."""
-    label = torch.randint(0, 5, (2, 16, 24), generator=torch.Generator().manual_seed(4))
-    label[0, :2] = 255
-    return 2 * torch.randn(2, 5, 16, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64), label
-
-
 def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
@@ -119,28 +111,11 @@ def peer_steps(model: nn.Module, steps: int = 3) -> tuple[list[list[float]], dic
     return losses, gradients
 
 
-def peer_ohem() -> list[list[float]]:
-    """(loss, number of hard pixels) of mmsegmentation's sampler and cross-entropy, for each of OHEM_SETTINGS."""
-    from types import SimpleNamespace
-
-    from mmseg.models.losses import CrossEntropyLoss
-    from mmseg.structures.sampler import OHEMPixelSampler
-
-    logits, label = ohem_batch()
-    results = []
-    for threshold, min_kept in OHEM_SETTINGS:
-        sampler = OHEMPixelSampler(SimpleNamespace(ignore_index=255), thresh=threshold, min_kept=min_kept)
-        weight = sampler.sample(logits, label[:, None])
-        loss = CrossEntropyLoss()(logits, label, weight=weight, ignore_index=255)
-        results.append([loss.item(), weight.sum().item()])
-    return results
-
-
 def make_reference() -> dict:
     from peer import build_peer, load_config
 
     load_config(TRAINED)  # imports mmsegmentation without compiled operators
-    reference = {"ohem": {"ohem": peer_ohem()}}
+    reference = {}
     for name in MODELS:
         model = build_peer(load_config(name), (64, 128)).double()
         model.load_state_dict({key: tensor_of(key, x) for key, x in model.state_dict().items()})

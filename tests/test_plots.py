@@ -5,11 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ocrnet.data.classes import CITYSCAPES
+from ocrnet.data.classes import CITYSCAPES, ClassTable, Label
 from ocrnet.logs import Log
 from ocrnet.metrics import ConfusionMatrix
-from ocrnet.visualize import draw_matrix, error_map, plot_curves, plt, save_samples, save_scores, smooth
+from ocrnet.plots import IGNORED, RIGHT, draw_matrix, error_map, plot_curves, plt, save_samples, save_scores, smooth
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def figures(monkeypatch):
 
 def test_errors_have_the_color_of_the_prediction():
     label, prediction = np.array([[0, 13, 255]]), np.array([[0, 0, 13]])
-    assert error_map(label, prediction, CITYSCAPES).tolist() == [[[255] * 3, [128, 64, 128], [0] * 3]]
+    assert error_map(label, prediction, CITYSCAPES).tolist() == [[[RIGHT] * 3, [128, 64, 128], [IGNORED] * 3]]
 
 
 def test_matrix_shows_its_numbers_at_their_places():
@@ -36,7 +37,7 @@ def test_matrix_shows_its_numbers_at_their_places():
 def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
     confusion = ConfusionMatrix(19)
     confusion.update(torch.tensor([0, 0, 0, 0, 13]), torch.tensor([0, 0, 0, 13, 13]))
-    save_scores(tmp_path / "scores.png", confusion, CITYSCAPES)
+    save_scores(tmp_path / "scores.png", confusion, CITYSCAPES, "last.pt")
     bars, matrix = figures[0].axes[:2]
     widths = [75 if k == 0 else 50 if k == 13 else 0 for k in range(19)]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx(widths)
@@ -63,15 +64,31 @@ def test_samples_show_label_predictions_and_errors(tmp_path, figures, outputs):
 def test_curves_are_those_of_the_logs(tmp_path, figures):
     train = [{"iter": 10 * i, "loss": 3.0 - i, "lr": 0.01 / (i + 1)} for i in range(3)]
     val = [{"iter": 20, "mIoU": 0.25}, {"iter": 40, "mIoU": 0.5}]
-    for log_scale, scale in ((False, "linear"), (True, "log")):
-        plot_curves([Log("a", train, val), Log("b", [], val)], tmp_path / "curve.png", log_scale)
-        loss, lr, score = figures[-1].axes
-        assert [tuple(x.tolist()) for x in loss.lines[0].get_data()] == [(0, 10, 20), (3, 2, 1)]
-        assert lr.lines[0].get_ydata().tolist() == [0.01, 0.005, 0.01 / 3]
-        assert [line.get_ydata().tolist() for line in score.lines] == [[25, 50], [25, 50]]
-        assert score.lines[0].get_xdata().tolist() == [20, 40]
-        assert loss.get_yscale() == lr.get_yscale() == scale
+    plot_curves([Log("a", train, val), Log("b", [], val)], tmp_path / "curve.png")
+    loss, lr, score = figures[-1].axes
+    assert [tuple(x.tolist()) for x in loss.lines[0].get_data()] == [(0, 10, 20), (3, 2, 1)]
+    assert lr.lines[0].get_ydata().tolist() == [0.01, 0.005, 0.01 / 3]
+    assert [line.get_ydata().tolist() for line in score.lines] == [[25, 50], [25, 50]]
+    assert score.lines[0].get_xdata().tolist() == [20, 40]
     assert (tmp_path / "curve.png").exists()
+
+
+def test_one_entry_is_a_point(tmp_path, figures):
+    plot_curves([Log("a", [{"iter": 1, "loss": 3.0, "lr": 0.01}], [])], tmp_path / "curve.png")
+    assert [axis.lines[-1].get_marker() for axis in figures[0].axes[:2]] == ["o", "o"]
+
+
+def test_tall_images_and_many_classes_make_figures_of_reasonable_size(tmp_path, figures):
+    table = ClassTable([Label(f"class number {k}", k, k, (k, k, k)) for k in range(150)])
+    shape = (900, 30)
+    label = np.arange(900 * 30).reshape(shape) % 150
+    image = np.zeros((*shape, 3), np.uint8)
+    save_samples(tmp_path / "samples.png", [(image, label, label), (image[:10], label[:10], label[:10])], table)
+    confusion = ConfusionMatrix(150)
+    confusion.update(torch.arange(150), torch.arange(150))
+    save_scores(tmp_path / "scores.png", confusion, table, "last.pt")
+    for name in ("samples", "scores"):
+        assert max(Image.open(tmp_path / f"{name}.png").size) < 4000
 
 
 def test_smoothing_is_the_mean_of_the_last_values():

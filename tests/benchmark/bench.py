@@ -339,9 +339,8 @@ def bench_step(args: argparse.Namespace, who: list[str]) -> None:
             ours, our_memory = results["ours"]
             for name in who[1:]:
                 theirs, memory = results[name]
-                print(
-                    f"{head}  {speedup(sum(theirs), sum(ours))} as fast as {name}, {our_memory / memory:.2f} of the memory"
-                )
+                ratio = speedup(sum(theirs), sum(ours))
+                print(f"{head}  {ratio} as fast as {name}, {our_memory / memory:.2f} of the memory")
 
 
 def bench_loader(args: argparse.Namespace, who: list[str]) -> None:

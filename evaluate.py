@@ -44,9 +44,13 @@ def main() -> None:
             f"--data-path DIR with a classes.json of as many"
         )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    forward = make_forward(
-        accelerator.compile(model) if args.compile else model, accelerator, args.scales, args.flip, args.slide
-    )
+    long_side = 0  # a data set is scored at its own size
+    if args.images:
+        long_side = model.long_side if args.long_side is None else args.long_side
+        size = f"resized to {long_side} pixels on the longer side" if long_side else "at their own size"
+        accelerator.print0(f"images {size} (--long-side)")
+    compiled = accelerator.compile(model) if args.compile else model
+    forward = make_forward(compiled, accelerator, args.scales, args.flip, args.slide, long_side)
 
     if args.images:
         if args.save:
@@ -56,7 +60,7 @@ def main() -> None:
         if args.explain:
             from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
 
-            explain_images(model, args.images, args.explain, table, accelerator)
+            explain_images(model, args.images, args.explain, table, accelerator, long_side)
     elif args.export:
         export_split(forward, args.data_path, args.split, args.export, table, accelerator)
     else:
@@ -85,6 +89,7 @@ def parse_args() -> Namespace:
     group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs to DIR instead of scoring")
     group = parser.add_argument_group("images")
     group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files and folders")
+    group.add_argument("--long-side", type=int, metavar="N", help="pixels; 0: as it is; None: as in training")
     group.add_argument("--save", type=Path, metavar="DIR", help="write them colored by class to DIR")
     group.add_argument("--explain", type=Path, metavar="DIR", help="write a figure per step of the method to DIR")
     group = parser.add_argument_group("inference")
@@ -99,6 +104,8 @@ def parse_args() -> Namespace:
         parser.error("--images: expected together with --save or --explain")
     if args.images and (args.export or args.json):
         parser.error("--images: shows images and scores no data set: leave out --export and --json")
+    if args.long_side is not None and (args.long_side < 0 or not args.images):
+        parser.error("--long-side: expected together with --images, and 0 or more")
     if args.export and args.json:
         parser.error("--export: scores nothing: leave out --json")
     if args.explain and (args.scales != [1.0] or args.flip or args.slide or args.compile):

@@ -41,6 +41,7 @@ from ocrnet.data.datasets import (
     TrainDataset,
     count_pixels,
     find_samples,
+    image_size,
     read_label,
 )
 from ocrnet.data.synthetic import write_dataset
@@ -82,6 +83,7 @@ def main() -> None:
     samples = find_samples(args.data_path, "train")
     train_set = TrainDataset(samples, table, args.crop_size, args.seed, args.scale_range, args.color_jitter)
     val_set = EvalDataset(find_samples(args.data_path, "val"), table)
+    size = image_size(samples)
     class_weights = None
     if args.class_weights:
         pixels = accelerator.broadcast(count_classes(samples, table) if is_main else None)
@@ -127,6 +129,7 @@ def main() -> None:
     def save(name: str) -> None:
         if is_main:
             state = {"model": net.state_dict(), "config": net.config, "classes": table.rows(), "settings": settings}
+            state["size"] = size
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             save_checkpoint(args.output_dir / name, state | {"iter": iteration, "validated": validated, "best": best})
 

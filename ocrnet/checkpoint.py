@@ -2,9 +2,10 @@
 
 A checkpoint holds CPU tensors and plain Python only:
 
-{"model": state_dict, "config": arguments of build_model, "classes": rows of classes.json, "iter": optimizer steps,
- "validated": iteration of the last validation, "best": best mIoU, "optimizer": state_dict, "scaler": state_dict,
- "settings": the flags of train.py and what else a resumed run is compared with}
+{"model": state_dict, "config": arguments of build_model, "classes": rows of classes.json,
+ "size": [H, W], the medians of the training images, to which evaluate.py brings photos,
+ "iter": optimizer steps, "validated": iteration of the last validation, "best": best mIoU, "optimizer": state_dict,
+ "scaler": state_dict, "settings": the flags of train.py and what else a resumed run is compared with}
 """
 
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from . import InputError
-from .data.classes import ClassTable, classes_from_meta
+from .data.classes import CITYSCAPES, ClassTable, classes_from_meta
 from .models import OCRNet, build_model
 from .models.weights import build_from_checkpoint, check_finite, read_file
 
@@ -99,13 +100,19 @@ def restore_model(state: dict, path: Path) -> OCRNet:
 def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
     """The model of a file or of a name of hub.py in evaluation mode, and its classes if the file has them.
 
-    Accepts checkpoints of this project, and whole OCRNets of mmsegmentation and of the authors.
+    Accepts checkpoints of this project, and whole OCRNets of mmsegmentation and of the authors. The attribute
+    ``long_side`` of the model is the longer side of the images that it was trained on, 0 if it is not known.
     """
     state = read_file(source)
-    if not is_checkpoint(state):
-        return build_from_checkpoint(state, source).eval(), classes_from_meta(state, str(source))
-    table = ClassTable.from_rows(state["classes"], str(source)) if "classes" in state else None
-    return restore_model(state, source).eval(), table
+    if is_checkpoint(state):
+        table = ClassTable.from_rows(state["classes"], str(source)) if "classes" in state else None
+        model, size = restore_model(state, source), state.get("size", [0])
+    else:
+        model, table = build_from_checkpoint(state, source), classes_from_meta(state, str(source))
+        is_cityscapes = model.config["num_classes"] == len(CITYSCAPES) and table in (None, CITYSCAPES)
+        size = [1024, 2048] if is_cityscapes else [0]
+    model.long_side = max(size)
+    return model.eval(), table
 
 
 def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from . import InputError
 from .data.classes import IGNORE_INDEX, ClassTable, read_classes
 from .data.datasets import find_sample_of, read_image, read_sample, to_tensor
 from .device import Accelerator
-from .inference import forward_image, list_images, rank_shard
+from .inference import forward_image, list_images, rank_shard, scaled_size
 from .plots import IGNORED, class_legend, draw_matrix, error_map, image_axes, plt, show_images
 
 CORRECTED, BROKEN = (0, 150, 0), (220, 0, 0)  # green, red
@@ -50,9 +50,17 @@ def explain(model: nn.Module, image: Tensor, accelerator: Accelerator) -> Explan
 
 
 def explain_images(
-    model: nn.Module, paths: Sequence[Path], folder: Path, table: ClassTable, accelerator: Accelerator
+    model: nn.Module,
+    paths: Sequence[Path],
+    folder: Path,
+    table: ClassTable,
+    accelerator: Accelerator,
+    long_side: int = 0,
 ) -> None:
     """Write a figure per step for image files, or the images in folders: ``NAME_1_regions.png`` and so on.
+
+    Args:
+        long_side: of the images in pixels, see ``make_forward``. Other images of a data set are drawn without errors.
 
     Raises:
         InputError: the model has no OCR head, or an image is invalid.
@@ -63,6 +71,8 @@ def explain_images(
     folder.mkdir(parents=True, exist_ok=True)
     for path in rank_shard(images, accelerator, "explaining"):
         image = read_image(path)
+        if long_side:
+            image = image.resize(scaled_size(image.size, long_side))
         m, f, w, aux, final = explain(model, to_tensor(image), accelerator)
         image, confidence = np.asarray(image), final.amax(0).numpy()
         aux, final = aux.argmax(0).numpy(), final.argmax(0).numpy()
@@ -73,7 +83,7 @@ def explain_images(
             "4_segmentations": draw_segmentations(image, aux, final, confidence, table),
         }
         label = find_label(path, table)
-        if label is not None:
+        if label is not None and label.shape == final.shape:
             figures["5_errors"] = draw_errors(label, aux, final, table)
         for name, fig in figures.items():
             fig.savefig(folder / f"{path.stem}_{name}.png", dpi=100)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from . import InputError
@@ -39,6 +40,7 @@ def make_forward(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     slide: tuple[int, int] | None = None,
+    long_side: int = 0,
 ) -> Forward:
     """How scores, colored images and exports see images: raw images (B, 3, H, W) of any size -> outputs on the device.
 
@@ -48,7 +50,17 @@ def make_forward(
         scales: multi-scale inference: also images resized by these factors.
         flip: also horizontally flipped images.
         slide: (h, w) of a sliding window. None for the whole image.
+        long_side: pixels; images are resized so that their longer side has as many, and outputs back. 0: not resized.
     """
+    if long_side:
+        forward_resized = make_forward(model, accelerator, scales, flip, slide)
+
+        def forward_at_size(image: Tensor) -> tuple[Tensor, ...]:
+            outputs = forward_resized(resize(image, scaled_size(image.shape[-2:], long_side), antialias=True))
+            size, align_corners = image.shape[-2:], model.align_corners
+            return tuple(F.interpolate(x.float(), size, mode="bilinear", align_corners=align_corners) for x in outputs)
+
+        return forward_at_size
     if list(scales) == [1] and not flip and not slide:
         return partial(forward_image, model, accelerator=accelerator)
 
@@ -57,8 +69,8 @@ def make_forward(
         size, total = image.shape[-2:], 0
         image = preprocess(image.to(accelerator.device))
         for scale in scales:
-            scaled_size = [int(side * scale + 0.5) for side in size]
-            scaled = F.interpolate(image, size=scaled_size, mode="bilinear", align_corners=False)
+            new_size = [int(side * scale + 0.5) for side in size]
+            scaled = F.interpolate(image, size=new_size, mode="bilinear", align_corners=False)
             for flipped in (False, True) if flip else (False,):
                 x = scaled.flip(3) if flipped else scaled
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -70,6 +82,11 @@ def make_forward(
         return (total / (len(scales) * (2 if flip else 1)),)
 
     return forward
+
+
+def scaled_size(size: Sequence[int], long_side: int) -> list[int]:
+    """(H, W) in the same aspect, the longer side of ``long_side`` pixels."""
+    return [max(round(side * long_side / max(size)), 1) for side in size]
 
 
 def slide_inference(model: nn.Module, image: Tensor, window: tuple[int, int]) -> Tensor:

@@ -46,7 +46,7 @@ def test_class_tables_shown_are_class_tables():
     shown = {}
     for path in (ROOT / "README.md",):
         if path.exists():
-            blocks = re.findall(r"```json\n(.*?)```", path.read_text(), re.DOTALL)
+            blocks = re.findall(r"'JSON'\n(.*?)\nJSON", path.read_text(), re.DOTALL)
             shown.update({f"{path}, {i}": block for i, block in enumerate(blocks)})
     assert shown
     shown["classes.py"] = re.search(r"^    \[.*?^    \]", classes.__doc__, re.MULTILINE | re.DOTALL)[0]

@@ -1,6 +1,7 @@
 """evaluate.py: scores of a data set, and predictions and explanations of images."""
 
 import json
+import os
 import re
 import shutil
 
@@ -85,6 +86,20 @@ def test_images_of_any_size_are_colored_and_explained(main, trained, images, tmp
         Image.open(path).verify()
 
 
+def test_the_model_in_the_box_colors_its_street(main, tmp_path, capsys):
+    flags = ["--ckpt", ROOT / ".assets/camvid.pt", "--images", ROOT / ".assets/street.jpg", "--device", "cpu"]
+    main("evaluate.py", *flags, "--data-path", tmp_path / "missing", "--save", tmp_path)
+    shares = dict(re.findall(r"^(\w+) +([\d.]+) %$", capsys.readouterr().out, re.MULTILINE))
+    assert float(shares["road"]) > 20 and float(shares["building"]) > 20 and float(shares["car"]) > 2
+
+
+@pytest.mark.skipif("CAMVID" not in os.environ, reason="CAMVID names the prepared data set")
+def test_the_model_in_the_box_has_its_score(main, tmp_path):
+    flags = ["--ckpt", ROOT / ".assets/camvid.pt", "--data-path", os.environ["CAMVID"], "--device", "cpu"]
+    main("evaluate.py", *flags, "--json", tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["mIoU"] == pytest.approx(0.671, abs=1e-3)
+
+
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +124,10 @@ def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path
     }[what]
     flags = "--device cpu --scales 0.5 1 --flip --slide 64 96 --amp"
     main("evaluate.py", "--ckpt", trained / "last.pt", *where, *flags.split())
-    assert calls == [(True, [0.5, 1.0], True, [64, 96])] and sizes == [(1, 3, 128, 256)] * 5
+    assert (
+        calls == [(True, [0.5, 1.0], True, [64, 96], 256 if what == "images" else 0)]
+        and sizes == [(1, 3, 128, 256)] * 5
+    )
 
 
 @pytest.mark.parametrize(

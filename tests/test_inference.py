@@ -228,3 +228,14 @@ def test_export_writes_label_ids(cpu, data, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in images}
     train_ids = np.asarray(Image.open(images[0]))[..., 0] % 19
     assert np.array_equal(Image.open(tmp_path / images[0].name), np.array(CITYSCAPES.ids)[train_ids])
+
+
+def test_an_enlarged_photo_is_seen_at_the_size_of_training(cpu):
+    model = Pointwise()
+    small = torch.zeros(1, 3, 8, 12, dtype=torch.uint8)
+    small[:, 0, :, 6:], small[:, 1, 4:] = 250, 200
+    expected = forward_image(model, small, cpu)[0].argmax(1)
+    large = small.repeat_interleave(30, dim=2).repeat_interleave(30, dim=3)
+    logits, region_logits = make_forward(model, cpu, long_side=12)(large)
+    assert model.sizes == [(8, 12)] * 2 and logits.shape == region_logits.shape == (1, 4, 240, 360)
+    assert (logits.argmax(1) == expected.repeat_interleave(30, 1).repeat_interleave(30, 2)).float().mean() > 0.9

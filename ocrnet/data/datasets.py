@@ -183,6 +183,15 @@ def read_sample(sample: Sample, table: ClassTable) -> tuple[Image.Image, np.ndar
     return image, label
 
 
+def image_size(samples: Sequence[Sample], count: int = 100) -> list[int]:
+    """[H, W], the medians of ``count`` images."""
+    sizes = []
+    for sample in samples[:: -(-len(samples) // count)]:
+        with Image.open(sample.image) as image:  # reads the header only
+            sizes.append(image.size[::-1])
+    return np.median(sizes, axis=0).astype(int).tolist()
+
+
 def count_pixels(label: np.ndarray, num_classes: int) -> np.ndarray:
     """Train ids (H, W) -> pixels of each class, the ignored ones last, int64 (K + 1,)."""
     counts = np.bincount(label.ravel(), minlength=256)

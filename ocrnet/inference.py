@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from . import InputError
@@ -56,8 +55,9 @@ def make_forward(
         forward_resized = make_forward(model, accelerator, scales, flip, slide)
 
         def forward_at_size(image: Tensor) -> tuple[Tensor, ...]:
-            outputs = forward_resized(resize(image, scaled_size(image.shape[-2:], long_side), antialias=True))
             size, align_corners = image.shape[-2:], model.align_corners
+            scaled = F.interpolate(image.float(), scaled_size(size, long_side), mode="bilinear", antialias=True)
+            outputs = forward_resized(scaled)
             return tuple(F.interpolate(x.float(), size, mode="bilinear", align_corners=align_corners) for x in outputs)
 
         return forward_at_size

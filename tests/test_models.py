@@ -1,15 +1,18 @@
 """The network: shapes and names, and what the paper says of the gather and of the relation."""
 
 import hashlib
+import re
+import sys
+import textwrap
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ocrnet import InputError
 from ocrnet.losses import ocr_loss
-from ocrnet.models import BACKBONES, FCNHead, HRNet, ObjectAttention, OCRHead, SpatialGather, build_model
-from ocrnet.models.hrnet import conv_bn_relu
+from ocrnet.models import BACKBONES, FCNHead, HRNet, ObjectAttention, OCRHead, OCRNet, SpatialGather, build_model
+from ocrnet.models.hrnet import conv_bn_relu, init_weights
 
 # ---- sizes and names -------------------------------------------------------------------------------------------------
 
@@ -118,35 +121,26 @@ def test_building_a_model_keeps_the_weights_of_its_backbone(head, monkeypatch):
     assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
-class ToyBackbone(nn.Module):
-    """All that models/ocrnet.py asks of a backbone."""
-
-    out_channels = (8, 8)
-    reduction, kernel_size = 1, 1
-    dropout = 0.0
-    head_channels = (16, 8)
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(conv_bn_relu(3, 8, 3, stride=2), conv_bn_relu(8, 8, 3, stride=2))
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.layers(image)  # (B, 8, H/4, W/4)
-        return features, features
+@pytest.fixture
+def toy(monkeypatch):
+    """Makes the backbone of the example in ocrnet.py available as "tiny"."""
+    code = textwrap.dedent(
+        re.search(r"^    class Tiny.*?= Tiny$", sys.modules[OCRNet.__module__].__doc__, re.MULTILINE | re.DOTALL)[0]
+    )
+    monkeypatch.setitem(BACKBONES, "tiny", None)  # restored afterwards
+    exec(code, {"nn": nn, "BACKBONES": BACKBONES, "conv_bn_relu": conv_bn_relu, "init_weights": init_weights})
 
 
-def test_the_backbone_states_the_width_of_the_ocr_head(monkeypatch):
-    monkeypatch.setitem(BACKBONES, "toy", ToyBackbone)
-    head = build_model("toy", num_classes=3).head
-    assert head.classifier[1].weight.shape[:2] == (3, 16)
-    assert head.attention.phi[0][0].weight.shape[:2] == (8, 16)
+def test_the_backbone_states_the_width_of_the_ocr_head(toy):
+    head = build_model("tiny", num_classes=3).head
+    assert head.classifier[1].weight.shape[:2] == (3, 128)
+    assert head.attention.phi[0][0].weight.shape[:2] == (64, 128)
 
 
 @pytest.mark.parametrize("head", ["ocr", "fcn"])
-def test_new_backbone_trains(head, monkeypatch):
-    monkeypatch.setitem(BACKBONES, "toy", ToyBackbone)
+def test_the_example_of_a_new_backbone_trains(head, toy):
     torch.manual_seed(0)
-    model = build_model("toy", num_classes=3, head=head)
+    model = build_model("tiny", num_classes=3, head=head)
     label = torch.randint(0, 3, (2, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)  # (2, 32, 32)
     image = nn.functional.one_hot(label, 3).movedim(3, 1) + 0.1 * torch.randn(2, 3, 32, 32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -1,18 +1,16 @@
 """Generated street scenes in Cityscapes' layout: data to train on where there is no data set.
 
-A scene is painted piece by piece, from far to near, through a pinhole camera. Image and label are painted from the same
-flat pieces, so the labels are exact.
-
-Color does not determine the class: road, sidewalk, building, wall and fence share their grays, and vehicles, signs and
-clothes share their paints. Shape, texture, position and context do. All buildings of one street have about one color,
-as have its walls, its trees and so on, under a light of its own: what a class looks like in *this* image says more than
-its color in all images.
+A scene is painted piece by piece, from far to near, through a pinhole camera. Image and label get the same flat pieces,
+so the labels are exact. Color does not determine the class: road, sidewalk, building, wall and fence share their grays,
+and vehicles, signs and clothes share their paints. Shape, texture, position and context do. All buildings of one street
+have about one color, as have its walls, its trees and so on, under a light of its own: what a class looks like in
+*this* image says more than its color in all images.
 
 World: X to the right, Y up from the ground, Z away from the camera, in meters. Notation: H W the image's size.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -28,14 +26,11 @@ SPLITS = {"train": 480, "val": 60}  # images
 SUPERSAMPLING = 2  # images are painted at twice their size and reduced
 NEAR = 1.5  # meters; nothing closer is drawn
 IDS = {label.name: label.id for label in CITYSCAPES.labels}
+IMAGE = "leftImg8bit/{0}/synth{0}/synth{0}_{1:06d}_000000_leftImg8bit.png"  # of a split and an index
+LABEL = "gtFine/{0}/synth{0}/synth{0}_{1:06d}_000000_gtFine_labelIds.png"
 
-Point = tuple[float, float, float]
 
-
-# ---- colors and textures ---------------------------------------------------------------------------------------------
-
-# red, blue, yellow, white, black, gray, green
-PAINTS = [(190, 40, 40), (40, 70, 170), (210, 180, 50), (225, 225, 225), (45, 45, 50), (120, 125, 130), (50, 120, 70)]
+# ---- the painter -----------------------------------------------------------------------------------------------------
 
 
 def gray(rng: np.random.Generator) -> np.ndarray:
@@ -49,17 +44,9 @@ def green(rng: np.random.Generator) -> np.ndarray:
 
 
 def vivid(rng: np.random.Generator) -> np.ndarray:
-    """One of the paints that vehicles, signs and clothes share."""
-    return np.array(PAINTS[rng.integers(len(PAINTS))]) + rng.uniform(-20, 20, 3)
-
-
-def smooth_noise(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Soft patches of several sizes, about -1 .. 1, (H, W)."""
-    total = np.zeros(shape, np.float32)
-    for cells in (4, 10, 28):
-        coarse = Image.fromarray(rng.uniform(-1, 1, (cells, 2 * cells)).astype(np.float32))
-        total += np.asarray(coarse.resize(shape[::-1], Image.Resampling.BICUBIC)) * 0.6
-    return total
+    """One of the paints that vehicles, signs and clothes share: red, blue, yellow, white, black, gray or green."""
+    paints = (190, 40, 40), (40, 70, 170), (210, 180, 50), (225, 225, 225), (45, 45, 50), (120, 125, 130), (50, 120, 70)
+    return paints[rng.integers(len(paints))] + rng.uniform(-20, 20, 3)
 
 
 def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarray:
@@ -68,23 +55,18 @@ def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarra
     return (phase >= start) & (phase < stop)
 
 
-# Two coordinates of a plane in meters -> brightness factor, about 1.
-TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "plain": lambda a, b: np.ones_like(a),
-    "tiles": lambda a, b: np.where(within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06),
-    "windows": lambda a, b: np.where(within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05),
-    "bricks": lambda a, b: np.where(  # every other row is shifted
-        within(b, 0.35, 0, 0.2) | within(a + 0.4 * np.floor(b / 0.35), 0.8, 0, 0.12), 0.7, 1.05
-    ),
-    "bars": lambda a, b: np.where(within(a, 0.5, 0, 0.4) | within(b, 0.7, 0, 0.2), 1.2, 0.5),
-    "sleepers": lambda a, b: np.where(within(b, 0.8, 0, 0.4), 0.7, 1.1),
-    "panes": lambda a, b: np.where((b > 1.5) & (b < 2.4) & within(a, 1.2, 0.12, 0.9), 0.35, 1.0),
-    "planks": lambda a, b: np.where(within(a, 0.45, 0, 0.15), 0.82, 1.0),
-    "spokes": lambda a, b: np.where(within(a + b, 0.22, 0, 0.45), 0.35, 1.1),
+# Two coordinates of a plane in meters -> where it is darker; its brightness there and elsewhere.
+TEXTURES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], float, float]] = {
+    "plain": (lambda a, b: a != a, 1, 1),
+    "tiles": (lambda a, b: within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06),
+    "windows": (lambda a, b: within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05),
+    "bricks": (lambda a, b: within(b, 0.35, 0, 0.2) | within(a + 0.4 * np.floor(b / 0.35), 0.8, 0, 0.12), 0.7, 1.05),
+    "bars": (lambda a, b: within(a, 0.5, 0, 0.4) | within(b, 0.7, 0, 0.2), 1.2, 0.5),
+    "sleepers": (lambda a, b: within(b, 0.8, 0, 0.4), 0.7, 1.1),
+    "panes": (lambda a, b: (b > 1.5) & (b < 2.4) & within(a, 1.2, 0.12, 0.9), 0.35, 1),
+    "planks": (lambda a, b: within(a, 0.45, 0, 0.15), 0.82, 1),
+    "spokes": (lambda a, b: within(a + b, 0.22, 0, 0.45), 0.35, 1.1),
 }
-
-
-# ---- the painter -----------------------------------------------------------------------------------------------------
 
 
 class Scene:
@@ -107,243 +89,232 @@ class Scene:
         rows, columns = np.mgrid[: SUPERSAMPLING * self.height, : SUPERSAMPLING * self.width]
         self.x, self.y = (columns + 0.5) / SUPERSAMPLING, (rows + 0.5) / SUPERSAMPLING
         self.image = np.zeros((*self.x.shape, 3), np.float32)
-        self.cloud = smooth_noise(rng, self.x.shape)
+        self.cloud = np.zeros(self.x.shape, np.float32)  # soft patches of three sizes, about -1 .. 1
+        for cells in (4, 10, 28):
+            patches = Image.fromarray(rng.uniform(-1, 1, (cells, 2 * cells)).astype(np.float32))
+            self.cloud += np.asarray(patches.resize(self.x.shape[::-1], Image.Resampling.BICUBIC)) * 0.6
         self.grain = rng.standard_normal(self.x.shape).astype(np.float32)
 
     def material(self, kind: str) -> np.ndarray:
         """The color of a class in this street, with a little variation."""
         return self.materials[kind] * self.rng.uniform(0.93, 1.07)
 
-    def project(self, x: float, y: float, z: float) -> tuple[int, int]:
-        """World -> whole pixel."""
-        scale = self.focal / max(z, NEAR)
-        return round(self.center + scale * x), round(self.horizon + scale * (self.eye - y))
-
-    def plane(self, points: Sequence[Point], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Pixels of a flat piece -> two coordinates in its plane and the depth, all in meters."""
-        xs, _, zs = zip(*points)
+    def plane(self, points: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pixels (x, y) of a piece -> two coordinates in its plane and the depth, in meters."""
+        xs, _, zs = points.T
         right, down = (x - self.center) / self.focal, (y - self.horizon) / self.focal  # of a ray, per meter of depth
-        if max(zs) - min(zs) < 1e-6:  # faces the camera
+        if np.ptp(zs) < 1e-6:  # faces the camera
             z = np.full_like(x, zs[0])
-            return right * z - min(xs), self.eye - down * z, z
-        if max(xs) - min(xs) < 1e-6:  # along the street
+            return right * z - xs.min(), self.eye - down * z, z
+        if np.ptp(xs) < 1e-6:  # along the street
             z = np.clip(xs[0] / np.where(abs(right) < 1e-3, 1e-3, right), NEAR, 200)
             return z, self.eye - down * z, z
         z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
         return right * z, z, z
 
     def paint(self, label, points, color, texture="plain", roughness=0.04, patches=0.08) -> None:
-        """Paint one flat piece: facing the camera, along the street or on the ground, as its points say.
+        """Paint one flat piece: facing the camera, along the street or on the ground, as its corners (x, y, z) say.
 
-        Args:
-            label: of Cityscapes. None for a detail, whose pixels keep the label below.
-            points: corners (x, y, z) in the world.
-            color: red, green, blue, 0 .. 255.
-            roughness, patches: scales of the fine and the coarse noise.
+        ``label`` is a name of Cityscapes, or None for a detail, whose pixels keep the label below. ``roughness`` and
+        ``patches`` scale the fine and the coarse noise.
         """
-        polygon = [self.project(*point) for point in points]
+        points = np.array(points, float)
+        x, y, z = points[:, 0], points[:, 1], points[:, 2].clip(NEAR)
+        polygon = np.stack([self.center + self.focal * x / z, self.horizon + self.focal * (self.eye - y) / z], 1)
+        polygon = polygon.round().astype(int)  # whole pixels
         if label:
-            ImageDraw.Draw(self.label).polygon(polygon, fill=IDS[label])
-        mask = Image.new("1", self.x.shape[::-1])
-        ImageDraw.Draw(mask).polygon([((x + 0.5) * SUPERSAMPLING, (y + 0.5) * SUPERSAMPLING) for x, y in polygon], 1)
-        box = mask.getbbox()
-        if box is None:  # outside the image
+            ImageDraw.Draw(self.label).polygon(polygon.ravel().tolist(), fill=IDS[label])
+        start = SUPERSAMPLING * polygon.min(0).clip(0)
+        stop = SUPERSAMPLING * (polygon.max(0) + 1).clip(max=self.label.size)
+        if (start >= stop).any():  # outside the image
             return
-        left, top, right, bottom = box
-        area, inside = (slice(top, bottom), slice(left, right)), np.asarray(mask.crop(box))
+        mask = Image.new("1", tuple(stop - start))
+        ImageDraw.Draw(mask).polygon((SUPERSAMPLING * (polygon + 0.5) - start).ravel().tolist(), fill=1)
+        inside, area = np.asarray(mask), (slice(start[1], stop[1]), slice(start[0], stop[0]))
         a, b, depth = self.plane(points, self.x[area][inside], self.y[area][inside])
-        shade = TEXTURES[texture](a, b) + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
+        pattern, there, elsewhere = TEXTURES[texture]
+        shade = np.where(pattern(a, b), there, elsewhere)
+        shade = shade + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
         fog = np.exp(-self.haze * depth)[:, None]
         self.image[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
 
-    # Rectangles; positions and sizes in meters, the rest as for ``paint``.
+    def rectangle(self, label, corner, size, *look, **noise) -> None:
+        """Paint a rectangle from its ``corner`` (x, y, z) on. One of its sizes (dx, dy, dz) is 0."""
+        dx, dy, dz = size
+        u, v = np.array([(dx, 0, 0) if dx else (0, 0, dz), (0, dy, 0) if dy else (0, 0, dz)])
+        self.paint(label, [corner, corner + u, corner + u + v, corner + v], *look, **noise)
 
-    def front(self, label, x, y, width, height, z, color, texture="plain", **noise) -> None:
-        """Faces the camera, its lower left corner at (x, y, z)."""
-        corners = [(x, y, z), (x + width, y, z), (x + width, y + height, z), (x, y + height, z)]
-        self.paint(label, corners, color, texture, **noise)
+    def figure(self, x, z, pieces, direction=1) -> None:
+        """Paint what faces the camera at (x, 0, z): pieces (label, outline, color, ...) as for ``paint``.
 
-    def side(self, label, x, z, length, height, color, texture="plain", y=0.0, **noise) -> None:
-        """Along the street, from depth z to z + length."""
-        corners = [(x, y, z), (x, y, z + length), (x, y + height, z + length), (x, y + height, z)]
-        self.paint(label, corners, color, texture, **noise)
-
-    def ground(self, label, x0, x1, z0, z1, color, texture="plain", **noise) -> None:
-        self.paint(label, [(x0, 0, z0), (x1, 0, z0), (x1, 0, z1), (x0, 0, z1)], color, texture, **noise)
-
-    def finish(self) -> tuple[Image.Image, Image.Image]:
-        """The image, with the light, tint and noise of its camera, and the label."""
-        gain = self.rng.uniform(0.6, 1.2) * self.rng.uniform(0.8, 1.2, 3)
-        image = (self.image * gain + 3 * self.grain[..., None]).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(image).reduce(SUPERSAMPLING), self.label
+        An outline has meters to the right (direction -1: to the left) and up.
+        """
+        for label, outline, *look in pieces:
+            self.paint(label, [(x + direction * u, v, z) for u, v in outline], *look)
 
 
 # ---- objects of a street ---------------------------------------------------------------------------------------------
 
 
-def outline(points: Sequence[tuple[float, float]], x: float, z: float, flip: bool = False) -> list[Point]:
-    """Meters to the right of and above a foot point -> a silhouette that faces the camera at (x, 0, z)."""
-    return [(x + (-u if flip else u), v, z) for u, v in points]
+def box(u: float, v: float, width: float, height: float) -> list[tuple[float, float]]:
+    return [(u, v), (u + width, v), (u + width, v + height), (u, v + height)]
 
 
 def disc(u: float, v: float, radius: float, corners: int = 10) -> list[tuple[float, float]]:
     angles = np.arange(corners) * 2 * np.pi / corners
-    return [(u + radius * float(np.cos(t)), v + radius * float(np.sin(t))) for t in angles]
+    return [(u + radius * np.cos(t), v + radius * np.sin(t)) for t in angles]
 
 
 LEGS = [(-0.22, 0), (-0.05, 0), (0, 0.5), (0.05, 0), (0.22, 0), (0.2, 0.9), (-0.2, 0.9)]
 TORSO = [(-0.2, 0.8), (0.2, 0.8), (0.32, 0.85), (0.28, 1.45), (0.1, 1.52), (-0.1, 1.52), (-0.28, 1.45), (-0.32, 0.85)]
 PERSON = LEGS[:5] + TORSO[1:5] + disc(0, 1.65, 0.15, 6)[:4] + TORSO[5:]
-VEHICLES = {  # width, height (a car's without its cabin), length in meters; texture
+RIDER = [(-0.3, 0.75), (0.25, 0.7), (0.35, 1.25), (0.2, 1.55), (-0.1, 1.55), (-0.3, 1.3)]
+RIDERS_LEG = [(-0.15, 0.3), (0.1, 0.3), (0.25, 0.8), (-0.2, 0.85)]
+BICYCLE = [(-0.55, 0.3), (0.55, 0.3), (0.5, 0.95), (-0.3, 0.85)]
+MOTORCYCLE = [(-0.8, 0.4), (0.8, 0.4), (0.65, 1.1), (0.3, 0.9), (-0.75, 0.95)]
+CABIN = [(0.15, 0.85), (1.65, 0.85), (1.45, 1.5), (0.35, 1.5)]  # of a car
+GLASS = [(0.3, 0.9), (1.5, 0.9), (1.38, 1.42), (0.42, 1.42)]
+LEAVES = ("plain", 0.2, 0.2)  # texture, roughness, patches
+VEHICLES = {  # width, height (a car's without its cabin) and length in meters; texture
     "car": (1.8, 0.85, 4.0, "plain"),
     "truck": (2.5, 3.3, 7.5, "planks"),
     "bus": (2.5, 3.0, 11.0, "panes"),
     "train": (2.8, 3.7, 30.0, "panes"),
 }
-FACADES = {  # least and greatest height in meters; texture
+FACADES = {  # least and greatest height in meters; texture and noise
     "building": (6, 16, "windows"),
     "wall": (2.0, 3.6, "bricks"),
     "fence": (1.6, 2.6, "bars"),
-    "hedge": (1.5, 5, "plain"),
+    "hedge": (1.5, 5, *LEAVES),
 }
-LEAVES = dict(roughness=0.2, patches=0.2)
 
 
 def person(scene: Scene, x: float, z: float) -> None:
-    scene.paint("person", outline(PERSON, x, z), vivid(scene.rng))
-    scene.paint(None, outline(LEGS, x, z), vivid(scene.rng) * 0.7)
-    scene.paint(None, outline(disc(0, 1.65, 0.15, 8), x, z), (190, 150, 125))
+    clothes, trousers = vivid(scene.rng), vivid(scene.rng) * 0.7
+    head = disc(0, 1.65, 0.15, 8)
+    scene.figure(x, z, [("person", PERSON, clothes), (None, LEGS, trousers), (None, head, (190, 150, 125))])
 
 
 def two_wheeler(scene: Scene, x: float, z: float, label: str, ridden: bool) -> None:
     """A bicycle or motorcycle seen from the side, with its rider or parked."""
-    rng, flip = scene.rng, bool(scene.rng.random() < 0.5)
-    color = vivid(rng)
-    if ridden:
-        trunk = [(-0.3, 0.75), (0.25, 0.7), (0.35, 1.25), (0.2, 1.55), (-0.1, 1.55), (-0.3, 1.3)]
-        scene.paint("rider", outline(trunk, x, z, flip), vivid(rng))
-        scene.paint("rider", outline(disc(0.1, 1.75, 0.17, 8), x, z, flip), (185, 145, 120))
+    direction, color = -1 if scene.rng.random() < 0.5 else 1, vivid(scene.rng)
     if label == "bicycle":
-        for u in (-0.55, 0.55):
-            scene.paint(label, outline(disc(u, 0.36, 0.36), x, z, flip), color * 0.6, "spokes")
-        scene.paint(label, outline([(-0.55, 0.3), (0.55, 0.3), (0.5, 0.95), (-0.3, 0.85)], x, z, flip), color, "spokes")
+        pieces = [(label, disc(u, 0.36, 0.36), color * 0.6, "spokes") for u in (-0.55, 0.55)]
+        pieces += [(label, BICYCLE, color, "spokes")]
     else:
-        body = [(-0.8, 0.4), (0.8, 0.4), (0.65, 1.1), (0.3, 0.9), (-0.75, 0.95)]
-        scene.paint(label, outline(body, x, z, flip), color)
-        for u in (-0.6, 0.6):
-            scene.paint(label, outline(disc(u, 0.33, 0.33), x, z, flip), (35, 35, 38))
+        wheels = [(label, disc(u, 0.33, 0.33), (35, 35, 38)) for u in (-0.6, 0.6)]
+        pieces = [(label, MOTORCYCLE, color), *wheels]
     if ridden:
-        leg = [(-0.15, 0.3), (0.1, 0.3), (0.25, 0.8), (-0.2, 0.85)]
-        scene.paint("rider", outline(leg, x, z, flip), vivid(rng) * 0.6)
+        body = [("rider", RIDER, vivid(scene.rng)), ("rider", disc(0.1, 1.75, 0.17, 8), (185, 145, 120))]
+        pieces = [*body, *pieces, ("rider", RIDERS_LEG, vivid(scene.rng) * 0.6)]
+    scene.figure(x, z, pieces, direction)
 
 
 def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
     """A box on wheels: its shadow, the side toward the middle of the street, its front."""
-    rng, color = scene.rng, vivid(scene.rng)
+    color = vivid(scene.rng)
     width, height, length, texture = VEHICLES[label]
     near = x if x > 0 else x + width
-    scene.ground(None, x - 0.2, x + width + 0.2, z - 0.2, z + length, np.full(3, 35), roughness=0.02)
-    scene.side(label, near, z, length, height - 0.25, color * 0.75, texture, y=0.25)
+    scene.rectangle(None, (x - 0.2, 0, z - 0.2), (width + 0.4, 0, length + 0.2), (35, 35, 35), roughness=0.02)
+    scene.rectangle(label, (near, 0.25, z), (0, height - 0.25, length), color * 0.75, texture)
     if label == "car":  # the cabin, set back on every side
-        scene.side(label, near, z + 0.7, length - 1.5, 0.65, color * 0.3, y=height)
-        roof = [(0.15, height), (width - 0.15, height), (width - 0.35, 1.5), (0.35, 1.5)]
-        scene.paint(label, outline(roof, x, z + 0.5), color * 0.9)
-        glass = [(0.3, height + 0.05), (width - 0.3, height + 0.05), (width - 0.42, 1.42), (0.42, 1.42)]
-        scene.paint(None, outline(glass, x, z + 0.5), (60, 70, 80))
-    scene.front(label, x, 0.25, width, height - 0.25, z, color)
+        scene.rectangle(label, (near, height, z + 0.7), (0, 0.65, length - 1.5), color * 0.3)
+        scene.figure(x, z + 0.5, [(label, CABIN, color * 0.9), (None, GLASS, (60, 70, 80))])
+    front = [(label, box(0, 0.25, width, height - 0.25), color)]
     if label != "car":  # a windscreen; the truck's cab is lower than its box
         top = 0.72 if label == "truck" else 0.92
-        scene.front(None, x + 0.15, 0.45 * height, width - 0.3, (top - 0.45) * height, z, (55, 65, 75))
-    for u in (0.05, width - 0.45):  # wheels and lights
-        scene.front(label, x + u, 0, 0.4, 0.35, z, (30, 30, 30))
-        scene.front(None, x + u, 0.55, 0.35, 0.2, z, (230, 60, 50) if rng.random() < 0.5 else (235, 235, 235))
-    if label == "car":  # license plate
-        scene.front(None, x + 0.6, 0.35, 0.6, 0.2, z, (220, 220, 220))
+        front += [(None, box(0.15, 0.45 * height, width - 0.3, (top - 0.45) * height), (55, 65, 75))]
+    for u in (0.05, width - 0.45):
+        light = (230, 60, 50) if scene.rng.random() < 0.5 else (235, 235, 235)
+        front += [(label, box(u, 0, 0.4, 0.35), (30, 30, 30)), (None, box(u, 0.55, 0.35, 0.2), light)]  # wheel, light
+    if label == "car":
+        front += [(None, box(0.6, 0.35, 0.6, 0.2), (220, 220, 220))]  # license plate
+    scene.figure(x, z, front)
 
 
 def tree(scene: Scene, x: float, z: float) -> None:
     color, height = scene.material("tree") * 0.9, scene.rng.uniform(4, 8)
-    scene.front("vegetation", x - 0.2, 0, 0.4, 0.5 * height, z, (80, 65, 50))
     radii = scene.rng.uniform(0.75, 1.15, 14) * 0.3 * height
     crown = [(r * u, 0.68 * height + r * v) for r, (u, v) in zip(radii, disc(0, 0, 1, 14))]
-    scene.paint("vegetation", outline(crown, x, z), color, **LEAVES)
+    trunk = box(-0.2, 0, 0.4, 0.5 * height)
+    scene.figure(x, z, [("vegetation", trunk, (80, 65, 50)), ("vegetation", crown, color, *LEAVES)])
 
 
 def pole(scene: Scene, x: float, z: float, carries: str) -> None:
     """A pole with a traffic light, a traffic sign or a lamp on it."""
-    rng, height = scene.rng, scene.rng.uniform(2.8, 4.5)
-    scene.front("pole", x - 0.13, 0, 0.26, height, z, scene.material("pole") * 0.8)
+    height = scene.rng.uniform(2.8, 4.5)
+    pieces = [("pole", box(-0.13, 0, 0.26, height), scene.material("pole") * 0.8)]
     if carries == "traffic light":
-        scene.front("traffic light", x - 0.25, height - 1.1, 0.5, 1.2, z, (40, 40, 40))
-        lit = int(rng.integers(3))
+        pieces += [(carries, box(-0.25, height - 1.1, 0.5, 1.2), (40, 40, 40))]
+        lit = scene.rng.integers(3)
         for i, color in enumerate([(60, 200, 110), (230, 180, 50), (220, 50, 40)]):
-            spot = outline(disc(0, height - 0.88 + 0.37 * i, 0.15, 8), x, z)
-            scene.paint(None, spot, np.array(color) * (1 if i == lit else 0.3))
+            pieces += [(None, disc(0, height - 0.88 + 0.37 * i, 0.15, 8), np.array(color) * (1 if i == lit else 0.3))]
     elif carries == "traffic sign":
-        corners, color = int(rng.choice([3, 4, 12])), vivid(rng)
-        scene.paint("traffic sign", outline(disc(0, height - 0.4, 0.7, corners), x, z), color)
-        scene.paint(None, outline(disc(0, height - 0.4, 0.42, corners), x, z), (225, 225, 225))
+        corners = scene.rng.choice([3, 4, 12])
+        pieces += [(carries, disc(0, height - 0.4, 0.7, corners), vivid(scene.rng))]
+        pieces += [(None, disc(0, height - 0.4, 0.42, corners), (225, 225, 225))]
     else:
-        scene.front("pole", x - 0.1, height, 0.9 if x < 0 else -0.7, 0.15, z, scene.material("pole") * 0.8)
+        pieces += [("pole", box(-0.1, height, 0.9 if x < 0 else -0.7, 0.15), scene.material("pole") * 0.8)]
+    scene.figure(x, z, pieces)
 
 
 def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
     """What lines the street: a stretch of building, wall, fence or hedge at X = x, from depth z on."""
-    low, high, texture = FACADES[kind]
+    low, high, *look = FACADES[kind]
     height, color = scene.rng.uniform(low, high), scene.material(kind)
     light = 1.0 if x * scene.sun > 0 else 0.7
     if kind == "building":  # its end wall is lit when its front is not
-        scene.front(kind, x if x > 0 else x - 10, 0, 10, height, z, color * (1.7 - light), texture)
-    label, noise = ("vegetation", LEAVES) if kind == "hedge" else (kind, {})
-    scene.side(label, x, z, length, height, color * light, texture, **noise)
+        scene.rectangle(kind, (x if x > 0 else x - 10, 0, z), (10, height, 0), color * (1.7 - light), *look)
+    label = "vegetation" if kind == "hedge" else kind
+    scene.rectangle(label, (x, 0, z), (0, height, length), color * light, *look)
 
 
 def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Image.Image, Image.Image]:
-    """One scene: an RGB image, and its label, mode L, of Cityscapes' label ids."""
+    """One scene: an RGB image, and its label of Cityscapes' label ids (mode L)."""
     scene = Scene(rng, size)
     half = rng.uniform(3.5, 6.0)  # of the road's width
     walk = rng.uniform(1.8, 3.2)  # width of a sidewalk
     verge = rng.uniform(1.2, 3.0)  # from there to what lines the street
     edge = half + walk
 
-    scene.front("sky", -400, -5, 800, 400, 199.0, scene.sky * 1.1, patches=0.12)
-    for x in np.arange(-160, 160, 20):  # what closes the view
+    scene.rectangle("sky", (-400, -5, 199), (800, 400, 0), scene.sky * 1.1, patches=0.12)
+    for x in range(-160, 160, 20):  # what closes the view
         kind = rng.choice(["building", "vegetation", "none"])
         if kind != "none":
             color = gray(rng) if kind == "building" else green(rng)
-            scene.front(kind, x, 0, 24, rng.uniform(6, 20), 100.0, color, roughness=0.1)
+            scene.rectangle(kind, (x, 0, 100), (24, rng.uniform(6, 20), 0), color, roughness=0.1)
 
-    ground = gray(rng)
-    scene.ground("terrain", -300, 300, NEAR, 150, scene.material("terrain") * 1.1, roughness=0.12, patches=0.15)
-    scene.ground("road", -half, half, NEAR, 150, ground, roughness=0.07)
-    for side in (-1, 1):
-        inner, outer = sorted((side * half, side * edge))
-        scene.ground("sidewalk", inner, outer, NEAR, 150, ground * rng.uniform(0.85, 1.2), "tiles")
+    ground, far = gray(rng), 150 - NEAR
+    grass = scene.material("terrain") * 1.1
+    scene.rectangle("terrain", (-300, 0, NEAR), (600, 0, far), grass, roughness=0.12, patches=0.15)
+    scene.rectangle("road", (-half, 0, NEAR), (2 * half, 0, far), ground, roughness=0.07)
+    for x in (-edge, half):
+        scene.rectangle("sidewalk", (x, 0, NEAR), (walk, 0, far), ground * rng.uniform(0.85, 1.2), "tiles")
     dash = rng.uniform(2, 4)
     for z in np.arange(rng.uniform(2, 5), 60, 2 * dash):  # lane markings are road
-        scene.ground(None, -0.09, 0.09, z, z + dash, (205, 205, 205))
+        scene.rectangle(None, (-0.09, 0, z), (0.18, 0, dash), (205, 205, 205))
 
     rails = rng.random() < 0.4 and rng.choice([-1, 1])  # a side with a train, or none
     for side in (-1, 1):
+        x = side * (edge + verge + (3.5 if rails == side else 0))
         z, stretches = rng.uniform(2.5, 6), []
         while z < 70:
             length = rng.uniform(6, 16)
-            kind = rng.choice([*FACADES, "none"], p=[0.36, 0.2, 0.2, 0.14, 0.1])
-            stretches.append((kind, side * (edge + verge + (3.5 if rails == side else 0)), z, length))
+            stretches.append((rng.choice([*FACADES, "none"], p=[0.36, 0.2, 0.2, 0.14, 0.1]), x, z, length))
             z += length
-        for kind, x, z, length in reversed(stretches):
-            if kind != "none":
-                facade(scene, kind, x, z, length)
+        for stretch in reversed(stretches):
+            if stretch[0] != "none":
+                facade(scene, *stretch)
     if rails:
-        x, z = rails * (edge + 0.4 + 2.8 / 2) - 2.8 / 2, rng.uniform(7, 25)
-        scene.ground("rail track", x - 0.3, x + 3.1, NEAR, 150, (110, 100, 95), "sleepers")
+        x, z = rails * (edge + 1.8) - 1.4, rng.uniform(7, 25)
+        scene.rectangle("rail track", (x - 0.3, 0, NEAR), (3.4, 0, far), (110, 100, 95), "sleepers")
         vehicle(scene, "train", x, z)
 
     things = []  # (depth, side of the street, how to paint it)
 
     def put(count: int, near: float, far: float, paint: Callable[[float, int], None]) -> None:
         for _ in range(count):
-            things.append((rng.uniform(near, far), int(rng.choice([-1, 1])), paint))
+            things.append((rng.uniform(near, far), rng.choice([-1, 1]), paint))
 
     on_walk = partial(rng.uniform, half + 0.4, edge - 0.2)
     on_road = partial(rng.uniform, 0.8, half - 0.8)
@@ -364,57 +335,45 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
 
     if rng.random() < 0.3:
         person(scene, rng.uniform(-half, half), rng.uniform(25, 40))
-        gray(rng)  # not used, but drawn: published figures were measured on the scenes that follow from it
-    bonnet = rng.uniform(0.02, 0.08) * scene.height  # pixels of the car that carries the camera
-    low, high = (scene.eye - (scene.height - y - scene.horizon) * NEAR / scene.focal for y in (0, bonnet))
-    x0, x1, x2, x3 = ((x * scene.width - scene.center) * NEAR / scene.focal for x in (0.1, 0.25, 0.75, 0.9))
-    corners = [(x0, low, NEAR), (x3, low, NEAR), (x2, high, NEAR), (x1, high, NEAR)]
-    scene.paint("ego vehicle", corners, vivid(rng) * 0.5)
-    return scene.finish()
+        gray(rng)  # drawn and not used: the scenes stay those that published figures were measured on
+    bonnet = rng.uniform(0.02, 0.08) * scene.height  # of the car that carries the camera, in pixels
+    pixels = [(0.1, 0.0), (0.9, 0.0), (0.75, bonnet), (0.25, bonnet)]
+    xy = [(x * scene.width - scene.center, scene.horizon - (scene.height - y)) for x, y in pixels]
+    points = [(x * NEAR / scene.focal, scene.eye + y * NEAR / scene.focal, NEAR) for x, y in xy]
+    scene.paint("ego vehicle", points, vivid(rng) * 0.5)
+
+    gain = rng.uniform(0.6, 1.2) * rng.uniform(0.8, 1.2, 3)  # light and tint; the grain is the camera's noise
+    image = (scene.image * gain + 3 * scene.grain[..., None]).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(image).reduce(SUPERSAMPLING), scene.label
 
 
 # ---- writing a data set ----------------------------------------------------------------------------------------------
 
 
-def scene_paths(root: Path, split: str, index: int) -> tuple[Path, Path]:
-    """Image and label of a scene."""
-    city = f"synth{split}"
-    name = f"{city}_{index:06d}_000000"
-    return (
-        root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png",
-        root / "gtFine" / split / city / f"{name}_gtFine_labelIds.png",
-    )
-
-
-def write_scene(root: Path, scene: tuple[str, int]) -> None:
+def write_scene(root: Path, split: str, index: int) -> None:
     """Write image and label of one scene, which depends only on split and index."""
-    split, index = scene
     images = street(np.random.default_rng([0, sorted(SPLITS).index(split), index]))
-    for image, path in zip(images, scene_paths(root, split, index)):
+    for image, name in zip(images, (IMAGE, LABEL)):
+        path = root / name.format(split, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
 
 
 def write_dataset(root: Path, splits: Mapping[str, int] = SPLITS) -> None:
-    """Write a data set in Cityscapes' layout as ``root``, which is whole or absent at any moment. Kept if it exists.
+    """Write ``splits`` (name -> scenes) in Cityscapes' layout as ``root``, unless they are there.
 
-    Args:
-        splits: number of scenes in "train" and "val".
+    ``root`` is whole or absent at any moment.
 
     Raises:
         InputError: ``root`` exists and is something else.
     """
     if root.exists():
-        for split in splits:
-            image, _ = scene_paths(root, split, 0)
-            if not image.exists():
-                raise InputError(
-                    f"{root}: expected generated data or a folder that does not exist, found no {image}: choose "
-                    f"another folder, or remove this one"
-                )
-        return
+        if all((root / IMAGE.format(split, 0)).exists() for split in splits):
+            return
+        raise InputError(f"{root}: expected generated data or no such folder, found other files: choose another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.part", dir=root.parent) as part:
+        whole = Path(part, root.name)
         scenes = [(split, index) for split, count in splits.items() for index in range(count)]
-        process_map(partial(write_scene, Path(part, root.name)), scenes, desc="drawing streets", disable=None)
-        Path(part, root.name).rename(root)
+        process_map(partial(write_scene, whole), *zip(*scenes), desc="drawing streets", disable=None)
+        whole.rename(root)

@@ -225,8 +225,11 @@ def load_tensors(model: OCRNet, theirs: dict[str, Tensor], source: Path | str) -
     """``load_weights`` after reading the file. ``source`` is for errors."""
     origin, names = rename_keys(theirs)
     tensors = {names[name]: x for name, x in theirs.items()}
-    fits = backbone_of(tensors)
-    remedy = f"--model {fits} fits" if fits and fits != model.config["name"] else f"does not fit {model.config['name']}"
+
+    def remedy() -> str:
+        name, fits = model.config["name"], backbone_of(tensors)
+        return f"--model {fits} fits" if fits not in (None, name) else f"it does not fit {name}"
+
     if origin == "the authors' HRNet-OCR":
         model.config["align_corners"] = True
         model.set_align_corners(True)
@@ -246,15 +249,15 @@ def load_tensors(model: OCRNet, theirs: dict[str, Tensor], source: Path | str) -
     backbone = [name for name in own if name.startswith("backbone.")]
     share = len(set(backbone) & set(loaded)) / len(backbone)
     if share < 0.95:
-        raise InputError(f"{source}: expected 95 % of the backbone's tensors or more, found {share:.0%}: {remedy}")
+        raise InputError(f"{source}: expected 95 % of the backbone's tensors or more, found {share:.0%}: {remedy()}")
     for name in loaded:
         if tensors[name].shape != own[name].shape:
             expected, found = tuple(own[name].shape), tuple(tensors[name].shape)
-            raise InputError(f"{source}: {name}: expected shape {expected}, found {found}: {remedy}")
+            raise InputError(f"{source}: {name}: expected shape {expected}, found {found}: {remedy()}")
     ignored = sorted(name for name in theirs if names[name] in tensors.keys() - own.keys() | set(left_out))
     for name in ignored:
         if names[name] not in left_out and not name.removeprefix("backbone.").startswith(IGNORED_PREFIXES):
-            raise InputError(f"{source}: found {name}, which the model does not have: {remedy}")
+            raise InputError(f"{source}: found {name}, which the model does not have: {remedy()}")
     model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     return Report(origin, loaded, ignored, missing)

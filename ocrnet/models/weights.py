@@ -6,12 +6,13 @@ HRNet and torchvision's ResNet. The backbones have the names of the last two.
 
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import InputError
 from .hub import url_of
@@ -179,16 +180,21 @@ def head_of(names: Iterable[str]) -> str | None:
     return "ocr" if "head.classifier.1.weight" in names else None
 
 
+@cache
+def backbone_shapes(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
+    """The shapes of a backbone's parameters under our names, without the first convolution (or deep stem)."""
+    with torch.device("meta"):
+        shapes = {f"backbone.{name}": x.shape for name, x in build().named_parameters()}
+    return {name: shape for name, shape in shapes.items() if not name.startswith("backbone.conv1.")}
+
+
 def backbone_of(tensors: dict[str, Tensor]) -> str | None:
     """The largest of ``BACKBONES`` all of whose parameters are among ``tensors`` (our names). None without."""
-    fits = {}
-    for name, backbone in BACKBONES.items():
-        with torch.device("meta"):
-            own = {f"backbone.{key}": x.shape for key, x in backbone().named_parameters()}
-        own = {key: shape for key, shape in own.items() if not key.startswith("backbone.conv1.")}  # or a deep stem
-        if all(key in tensors and tensors[key].shape == shape for key, shape in own.items()):
-            fits[name] = len(own)
-    return max(fits, key=fits.__getitem__, default=None)
+    shapes = {name: backbone_shapes(build) for name, build in BACKBONES.items()}
+    fits = [
+        name for name in shapes if all(x in tensors and tensors[x].shape == shape for x, shape in shapes[name].items())
+    ]
+    return max(fits, key=lambda name: len(shapes[name]), default=None)
 
 
 def fold_biases(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,12 +23,14 @@ from ocrnet.data.datasets import EvalDataset, find_samples
 from ocrnet.device import DEVICES, Accelerator
 from ocrnet.evaluation import evaluate, export_split, print_scores, print_shares, summarize
 from ocrnet.inference import color_images, make_forward
-from ocrnet.script import make_parser, run_script
+from ocrnet.script import check_output, make_parser, run_script
 
 
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(args.device, args.amp)
+    if args.json and accelerator.is_main:
+        check_output(args.json)  # before the work
     model, table = load_model(args.ckpt)
     if not args.images or not table:
         own = read_classes(args.data_path)

@@ -17,7 +17,7 @@ from .data.classes import IGNORE_INDEX, ClassTable, read_classes
 from .data.datasets import find_sample_of, read_image, read_sample, to_tensor
 from .device import Accelerator
 from .inference import forward_image, list_images, rank_shard, scaled_size
-from .plots import IGNORED, class_legend, draw_matrix, error_map, image_axes, plt, show_images
+from .plots import IGNORED, class_legend, draw_matrix, error_map, image_axes, plt, save_figure, show_images
 
 CORRECTED, BROKEN = (0, 150, 0), (220, 0, 0)  # green, red
 
@@ -86,8 +86,7 @@ def explain_images(
         if label is not None and label.shape == final.shape:
             figures["5_errors"] = draw_errors(label, aux, final, table)
         for name, fig in figures.items():
-            fig.savefig(folder / f"{path.stem}_{name}.png", dpi=100)
-            plt.close(fig)
+            save_figure(fig, folder / f"{path.stem}_{name}.png")
     accelerator.print0(f"{len(images)} images explained in {folder}: NAME_1_regions.png and so on")
 
 

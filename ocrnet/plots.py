@@ -12,6 +12,7 @@ import numpy as np
 from .data.classes import IGNORE_INDEX, ClassTable
 from .logs import Log, smooth, smoothing_window
 from .metrics import ConfusionMatrix
+from .script import SOFTWARE, check_output
 
 matplotlib.use("Agg")  # files only, no screen
 from matplotlib import pyplot as plt
@@ -45,6 +46,17 @@ def image_axes(
     for axis in axes.flat:
         axis.set_axis_off()
     return fig, axes.ravel()
+
+
+def save_figure(fig: plt.Figure, path: Path) -> None:
+    """Write and close a figure, marked as ours.
+
+    Raises:
+        InputError: the file exists, and this program has not written it.
+    """
+    check_output(path)
+    fig.savefig(path, dpi=100, metadata={"Software": SOFTWARE})
+    plt.close(fig)
 
 
 def show_images(axes: Iterable[plt.Axes], images: Mapping[str, np.ndarray]) -> None:
@@ -103,8 +115,7 @@ def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: C
         for axis in row if i else ():  # titles above the first row only
             axis.set_title("")
     class_legend(fig, sorted(shown), table)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable, title: str) -> None:
@@ -131,8 +142,7 @@ def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable, title
     matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label")
     fig.colorbar(image, ax=matrix, label="share of the label's pixels (%)", shrink=0.9)
     fig.suptitle(title)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    save_figure(fig, path)
 
 
 def plot_curves(logs: Sequence[Log], path: Path) -> None:
@@ -166,5 +176,4 @@ def plot_curves(logs: Sequence[Log], path: Path) -> None:
             axis.legend(fontsize=8)
         else:
             axis.text(0.5, 0.5, "none in the log", transform=axis.transAxes, ha="center", color="gray")
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    save_figure(fig, path)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -38,9 +39,12 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise InputError if ``path`` exists, unless it is an image that this program wrote."""
+    """Raise InputError if ``path`` exists, unless it is an image or the scores that this program wrote."""
     with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:  # PIL raises SyntaxError for bad PNGs
         if image.info.get("Software") == SOFTWARE:
+            return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if path.is_file() and {"mIoU", "IoU"} <= json.loads(path.read_text()).keys():
             return
     if path.exists():
         raise InputError(f"{path}: exists, and is not an output of this program: choose another folder or name")

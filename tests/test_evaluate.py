@@ -50,6 +50,17 @@ def test_a_split_without_labeled_pixels_is_no_score(main, trained, data, tmp_pat
         main("evaluate.py", "--ckpt", trained / "last.pt", "--data-path", tmp_path, "--device", "cpu")
 
 
+def test_scores_are_not_written_over_something_else(main, trained, data, tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    flags = ["--ckpt", trained / "last.pt", "--data-path", data, "--device", "cpu"]
+    for path in (tmp_path / "x.json", "/dev/null", data / "gtFine"):
+        with pytest.raises(InputError, match=f"^{path}: "):
+            main("evaluate.py", *flags, "--json", path)
+    for _ in range(2):
+        main("evaluate.py", *flags, "--json", tmp_path / "new.json")
+    assert (tmp_path / "x.json").read_text() == "[]"
+
+
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 

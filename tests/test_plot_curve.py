@@ -91,3 +91,14 @@ def test_a_file_without_entries_and_a_missing_one_are_named(main, tmp_path):
     for name in ("empty.log", "missing.log"):
         with pytest.raises(InputError, match=f"^{tmp_path / name}: "):
             main("plot_curve.py", tmp_path / name)
+
+
+def test_only_own_figures_are_overwritten(main, logs, tmp_path):
+    for _ in range(2):
+        main("plot_curve.py", *logs, "--output", tmp_path / "curve.png")
+    Image.new("RGB", (3, 3)).save(tmp_path / "photo.png")
+    for name in ("photo.png", "original.log"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: "):
+            main("plot_curve.py", *logs, "--output", tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before

@@ -195,10 +195,10 @@ class Accelerator:
         if not dist.is_initialized():
             return lambda: value
         flag = self.sum(torch.full((1,), float(value), device=self.device))
-        if self.device.type == "cpu":
+        if self.device.type != "cuda":  # nothing to wait for on a CPU; SDAA's loss scaling waits in each step anyway
             return lambda: flag.item() > 0
         flag = flag.to("cpu", non_blocking=True)
-        copied = self.module.Event()
+        copied = torch.cuda.Event()
         copied.record()
 
         def answer() -> bool:

@@ -109,11 +109,16 @@ class Running:
 
     @property
     def stdout(self) -> str:
-        return "".join(Path(f"{file}.stdout").read_text() for file in self.outputs)
+        return self.read("stdout")
 
     @property
     def stderr(self) -> str:
-        return "".join(Path(f"{file}.stderr").read_text() for file in self.outputs)
+        return self.read("stderr")
+
+    def read(self, name: str) -> str:
+        """What all ranks have written so far."""
+        paths = [Path(f"{file}.{name}") for file in self.outputs]
+        return "".join(path.read_text() for path in paths if path.exists())
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,8 @@ def main() -> None:
         # momentum of the checkpoint, settings of the flags
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-        scaler.load_state_dict(checkpoint["scaler"] if scaler.is_enabled() else {})
+        if scaler.is_enabled() and checkpoint["scaler"]:  # empty where the loss was not scaled
+            scaler.load_state_dict(checkpoint["scaler"])
     sizes = f"{len(train_set)} training and {len(val_set)} validation images, {len(table)} classes"
     describe(args, accelerator, net, sizes, iteration, global_batch)
 

@@ -55,9 +55,9 @@ def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarra
     return (phase >= start) & (phase < stop)
 
 
-# Two coordinates of a plane in meters -> where it is darker; its brightness there and elsewhere.
+# Two coordinates in meters -> where the pattern is; brightness factors there and elsewhere.
 TEXTURES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], float, float]] = {
-    "plain": (lambda a, b: a != a, 1, 1),
+    "plain": (lambda a, b: np.zeros_like(a, bool), 1, 1),
     "tiles": (lambda a, b: within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06),
     "windows": (lambda a, b: within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05),
     "bricks": (lambda a, b: within(b, 0.35, 0, 0.2) | within(a + 0.4 * np.floor(b / 0.35), 0.8, 0, 0.12), 0.7, 1.05),
@@ -128,7 +128,7 @@ class Scene:
         stop = SUPERSAMPLING * (polygon.max(0) + 1).clip(max=self.label.size)
         if (start >= stop).any():  # outside the image
             return
-        mask = Image.new("1", tuple(stop - start))
+        mask = Image.new("1", tuple(stop - start))  # not of the whole image: PIL would round edges differently
         ImageDraw.Draw(mask).polygon((SUPERSAMPLING * (polygon + 0.5) - start).ravel().tolist(), fill=1)
         inside, area = np.asarray(mask), (slice(start[1], stop[1]), slice(start[0], stop[0]))
         a, b, depth = self.plane(points, self.x[area][inside], self.y[area][inside])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from . import InputError
 from .data.classes import ClassTable
 from .data.datasets import EvalDataset, find_images, image_folder
 from .device import Accelerator
@@ -71,12 +72,19 @@ def export_split(
     """Write the label ids of each image of a split to ``folder``.
 
     Cityscapes' under the name of the image, as its test server takes them; of the plain layout with their folders.
+
+    Raises:
+        InputError: two images would have one file.
     """
-    images = find_images(root, split)
+    images, plain = find_images(root, split), image_folder(root).name == "images"
+    inside = [path.relative_to(image_folder(root) / split).with_suffix(".png") for path in images]
+    targets = dict.fromkeys(folder / (path if plain else path.name) for path in inside)
+    if len(targets) < len(images):
+        raise InputError(
+            f"--export: expected a name of its own for each image of {split}, found the same in two folders"
+        )
     label_ids = np.array(table.ids, np.uint8)  # (K,) train id -> label id
-    for path in rank_shard(images, accelerator, "exporting"):
-        inside = path.relative_to(image_folder(root) / split).with_suffix(".png")
-        target = folder / (inside if image_folder(root).name == "images" else path.name)
+    for path, target in rank_shard(list(zip(images, targets)), accelerator, "exporting"):
         save_png(label_ids[predict_file(forward, path)[1]], target)
     accelerator.print0(f"{len(images)} images of label ids in {folder}")
 

@@ -230,6 +230,17 @@ def test_export_writes_label_ids(cpu, data, tmp_path):
     assert np.array_equal(Image.open(tmp_path / images[0].name), np.array(CITYSCAPES.ids)[train_ids])
 
 
+def test_images_of_one_name_in_two_cities_are_not_exported(cpu, data, tmp_path):
+    image = find_samples(data, "val")[0].image
+    for city in ("a", "b"):
+        target = tmp_path / "data/leftImg8bit/val" / city / image.name
+        target.parent.mkdir(parents=True)
+        target.write_bytes(image.read_bytes())
+    with pytest.raises(InputError, match="^--export: "):
+        export_split(by_red, tmp_path / "data", "val", tmp_path / "out", CITYSCAPES, cpu)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_enlarged_photo_is_seen_at_the_size_of_training(cpu):
     model = Pointwise()
     small = torch.zeros(1, 3, 8, 12, dtype=torch.uint8)

@@ -48,7 +48,7 @@ IMAGENET = {
 }
 
 
-def url_of(name: str, model: str) -> str:
+def url_of(name: str, model: str | None = None) -> str:
     """The URL of weights with a name: a key of ``MODELS``, or "imagenet" for the backbone ``model``.
 
     Raises:
@@ -60,5 +60,5 @@ def url_of(name: str, model: str) -> str:
     if name == "imagenet" and model in IMAGENET:
         return f"{PRETRAIN_URL}/{IMAGENET[model]}.pth"
     if name == "imagenet":
-        raise InputError(f"imagenet: expected --model {', '.join(IMAGENET)}, found {model or 'none'}")
+        raise InputError(f"imagenet: expected --model {', '.join(IMAGENET)}, found {model or 'no model'}")
     raise InputError(f"{name}: no such file, and no weights of that name: expected imagenet, {', '.join(MODELS)}")

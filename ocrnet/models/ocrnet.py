@@ -2,26 +2,35 @@
 
     image (B, 3, H, W) -> backbone: features at 1/4 (ResNet: 1/8) -> head: logits at 1/4 -> logits (B, K, H, W)
 
-A new backbone is a module that initializes itself, maps an image to (region_features, features) of one size, and says
-what the heads need. A line of ``BACKBONES`` makes it available to ``--model``:
+A new backbone is a module in a file of its own. It initializes itself, maps an image to features for the regions and
+features for the pixels of one size, and states what the heads need. The line ``"toy": Toy`` in ``BACKBONES`` makes this
+one available as ``--model toy``:
 
-    class Tiny(nn.Module):
-        out_channels = (64, 64)  # of region_features and features
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from ocrnet.models.hrnet import conv_bn_relu, init_weights
+
+    class Toy(nn.Module):
+        out_channels = (48, 48)  # of the features for the regions and for the pixels
         reduction, kernel_size = 1, 1  # of the hidden layer of the heads, see OCRHead
-        dropout = 0.0  # default probability before the classifiers
-        head_channels = (128, 64)  # channels and key_channels of OCRHead
-        # a module with the attribute align_corners gets it from OCRNet.set_align_corners; this one resizes nothing
+        head_channels = (64, 32)  # C and D of OCRHead
+        dropout = 0.0  # before the classifiers
+        align_corners = False  # of a module that resizes, see OCRNet.set_align_corners
 
         def __init__(self):
             super().__init__()
-            self.layers = nn.Sequential(conv_bn_relu(3, 32, 3, stride=2), conv_bn_relu(32, 64, 3, stride=2))
+            self.fine = nn.Sequential(conv_bn_relu(3, 16, 3, stride=2), conv_bn_relu(16, 16, 3, stride=2))
+            self.coarse = conv_bn_relu(16, 32, 3, stride=2)
             init_weights(self)
 
         def forward(self, image):
-            x = self.layers(image)  # (B, 64, H/4, W/4)
-            return x, x
-
-    BACKBONES["tiny"] = Tiny
+            x = self.fine(image)  # (B, 16, H/4, W/4)
+            y = self.coarse(x)  # (B, 32, H/8, W/8)
+            y = F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=self.align_corners)
+            features = torch.cat([x, y], dim=1)  # (B, 48, H/4, W/4)
+            return features, features
 
 Notation: B batch, H W the image's size, K classes.
 """
@@ -90,15 +99,17 @@ class OCRNet(nn.Module):
 
 def build_head(head: str, backbone: nn.Module, num_classes: int, dropout: float | None = None) -> nn.Module:
     """The head of ``HEADS`` that fits a backbone. See ``build_model``."""
-    region_channels, channels = backbone.out_channels
+    region_channels, pixel_channels = backbone.out_channels
     hidden = dict(reduction=backbone.reduction, kernel_size=backbone.kernel_size)
     dropout = backbone.dropout if dropout is None else dropout
     if head == "fcn":
-        return FCNHead(channels, num_classes, **hidden, dropout=dropout)
+        return FCNHead(pixel_channels, num_classes, **hidden, dropout=dropout)
     region_dropout = dropout if backbone.dropout else 0.0  # mmsegmentation has it with ResNet only
-    width = dict(zip(("channels", "key_channels"), backbone.head_channels))
-    dropouts = dict(region_dropout=region_dropout, dropout=dropout)
-    return OCRHead(region_channels, channels, num_classes, **hidden, **width, **dropouts)
+    channels, key_channels = backbone.head_channels
+    return OCRHead(
+        region_channels, pixel_channels, num_classes, **hidden, channels=channels, key_channels=key_channels,
+        region_dropout=region_dropout, dropout=dropout,
+    )  # fmt: skip
 
 
 def build_model(

@@ -32,6 +32,8 @@ def main() -> None:
     if args.json and accelerator.is_main:
         check_output(args.json)  # before the work
     model, table = load_model(args.ckpt)
+    if model.about and not args.images:
+        accelerator.print0(f"{args.ckpt}: {model.about}")
     if not args.images or not table:
         own = read_classes(args.data_path)
         if table and own.names != table.names:

@@ -22,7 +22,6 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +47,7 @@ from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
 from ocrnet.evaluation import evaluate, sample_predictions, without_nan
-from ocrnet.inference import forward_image
+from ocrnet.inference import Forward, make_forward
 from ocrnet.logs import read_log, trim_log
 from ocrnet.losses import ocr_loss, poly_lr
 from ocrnet.metrics import ConfusionMatrix
@@ -104,7 +103,8 @@ def main() -> None:
         if args.weights:
             print0(f"{args.weights}: {load_weights(net, args.weights)}")
     net = accelerator.convert_sync_bn(net).to(device, memory_format=accelerator.memory_format)
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    fused = device.type == "cuda" or None
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=fused)
     scaler = accelerator.grad_scaler()
     iteration, validated, best = 0, 0, -math.inf
     if checkpoint:
@@ -137,21 +137,41 @@ def main() -> None:
     def due(every: int) -> bool:
         return iteration % every == 0 or iteration == args.max_iters
 
-    forward = partial(forward_image, net, accelerator=accelerator)
+    forward = make_forward(net, accelerator)
 
     def criterion(outputs: Sequence[Tensor], label: Tensor) -> Tensor:
         return ocr_loss(outputs, label, class_weights)[0]
 
-    # the loop
     model = accelerator.wrap_ddp(accelerator.compile(net) if args.compile else net)
+
+    def compute_gradients(*batch: Tensor) -> Tensor:
+        """images, labels and photometric parameters of ``TrainDataset`` -> the loss and its parts, (3,)."""
+        optimizer.zero_grad()
+        losses = torch.zeros(3, device=device)
+        micro_batches = zip(*(x.to(device, non_blocking=True).split(args.batch_size) for x in batch))
+        for micro_step, (image, label, photometric) in enumerate(micro_batches, 1):
+            image = preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format)
+            model.require_backward_grad_sync = micro_step == args.accum_steps  # DDP: average gradients once
+            with accelerator.autocast():
+                outputs = model(image)  # logits, region_logits, (B, K, H, W) each
+            loss, parts = ocr_loss(outputs, label.long(), class_weights)
+            del outputs  # the largest tensors; the backward pass does not need them
+            scaler.scale(loss / args.accum_steps).backward()
+            losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
+        return losses
+
+    if accelerator.world_size == 1:
+        compute_gradients = accelerator.graph(compute_gradients)
+
+    # the loop
     sampler = InfiniteSampler(
         len(train_set), args.seed, accelerator.rank, accelerator.world_size, iteration * global_batch
     )
     batches = iter(DataLoader(
-        train_set, args.batch_size, sampler=sampler, num_workers=args.workers, pin_memory=device.type != "cpu",
-        worker_init_fn=init_worker,
+        train_set, args.batch_size * args.accum_steps, sampler=sampler, num_workers=args.workers,
+        pin_memory=device.type != "cpu", worker_init_fn=init_worker,
     ))  # fmt: skip
-    batch = [next(batches) for _ in range(args.accum_steps)]
+    batch = next(batches)
     signals, failure, stopped, confusion = catch_stop_signals(), None, False, None
     bar = tqdm(total=args.max_iters, initial=iteration, unit="it", smoothing=0.05, disable=None if is_main else True)
     losses, steps, waited, since = torch.zeros(3, device=device), 0, 0.0, time.perf_counter()
@@ -177,7 +197,7 @@ def main() -> None:
 
         asked = time.perf_counter()
         try:
-            next_batch = [next(batches) for _ in range(args.accum_steps)]
+            next_batch = next(batches)
         except (RuntimeError, InputError) as error:  # a data loader worker was killed, or a file is invalid
             failure = error
         waited += time.perf_counter() - asked
@@ -186,18 +206,9 @@ def main() -> None:
         lr = poly_lr(args.lr, iteration, args.max_iters)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for micro_step, micro_batch in enumerate(batch, 1):
-            image, label = to_device(micro_batch, accelerator)  # (B, 3, H, W), (B, H, W)
-            model.require_backward_grad_sync = micro_step == args.accum_steps  # DDP: average gradients once
-            with accelerator.autocast():
-                outputs = model(image)  # logits, region_logits, (B, K, H, W) each
-            loss, parts = ocr_loss(outputs, label, class_weights)
-            del outputs  # the largest tensors; the backward pass does not need them
-            scaler.scale(loss / args.accum_steps).backward()
-            losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
+        losses += compute_gradients(*batch)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         batch, iteration, steps = next_batch, iteration + 1, steps + 1
         bar.update()
         stopped = stop_requested()
@@ -224,7 +235,8 @@ def main() -> None:
     if stopped:
         print0(f"stopped after iteration {iteration}: continue with --resume")
     elif is_main:
-        draw_figures(args.output_dir, net.eval(), val_set, confusion, accelerator)
+        net.eval()
+        draw_figures(args.output_dir, forward, val_set, confusion)
         files = ", ".join(sorted(path.name for path in args.output_dir.iterdir()))
         print0(f"best mIoU {best:.2%}; wrote {args.output_dir}/: {files}")
     accelerator.close()
@@ -232,12 +244,6 @@ def main() -> None:
         raise InputError(f"{failure}".strip().splitlines()[-1] + f" ({last} is saved: --resume continues)")
     if stopped:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])  # so a scheduler can tell a stopped run from a finished one
-
-
-def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """A batch of ``TrainDataset`` -> normalized images (B, 3, H, W) and labels int64 (B, H, W) on the device."""
-    image, label, photometric = (x.to(accelerator.device, non_blocking=True) for x in batch)
-    return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 
 
 def count_classes(samples: Sequence[Sample], table: ClassTable) -> list[int]:
@@ -261,14 +267,12 @@ def describe(args: Namespace, accelerator: Accelerator, net: nn.Module, sizes: s
         print0("WARNING: training from RANDOM weights; published scores start from ImageNet: --weights imagenet")
 
 
-def draw_figures(
-    folder: Path, net: nn.Module, val_set: EvalDataset, confusion: ConfusionMatrix | None, accelerator: Accelerator
-) -> None:
+def draw_figures(folder: Path, forward: Forward, val_set: EvalDataset, confusion: ConfusionMatrix | None) -> None:
     """curve.png, samples.png and, if this process has validated, scores.png."""
     from ocrnet.plots import plot_curves, save_samples, save_scores  # only here: matplotlib is slow to import
 
     plot_curves([read_log(folder)], folder / "curve.png")
-    samples = sample_predictions(partial(forward_image, net, accelerator=accelerator), val_set)
+    samples = sample_predictions(forward, val_set)
     save_samples(folder / "samples.png", samples, val_set.table)
     if confusion:
         save_scores(folder / "scores.png", confusion, val_set.table, "last.pt")

@@ -101,7 +101,8 @@ def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
     """The model of a file or of a name of hub.py in evaluation mode, and its classes if the file has them.
 
     Accepts checkpoints of this project, and whole OCRNets of mmsegmentation and of the authors. The attribute
-    ``long_side`` of the model is the longer side of the images that it was trained on, 0 if it is not known.
+    ``long_side`` of the model is the longer side of the images that it was trained on, 0 if it is not known, and
+    ``about`` the text of that name in the file, or "".
     """
     state = read_file(source)
     if is_checkpoint(state):
@@ -111,7 +112,7 @@ def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
         model, table = build_from_checkpoint(state, source), classes_from_meta(state, str(source))
         is_cityscapes = model.config["num_classes"] == len(CITYSCAPES) and table in (None, CITYSCAPES)
         size = [1024, 2048] if is_cityscapes else [0]
-    model.long_side = max(size)
+    model.long_side, model.about = max(size), str(state.get("about", ""))
     return model.eval(), table
 
 

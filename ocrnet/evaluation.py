@@ -40,7 +40,7 @@ def evaluate(
     """
     # SDAA may have no exact int64 sums
     counting_device = torch.device("cpu") if accelerator.device.type == "sdaa" else accelerator.device
-    confusion, total = ConfusionMatrix(num_classes, counting_device), torch.zeros(1, dtype=torch.float64)
+    confusion, losses = ConfusionMatrix(num_classes, counting_device), [torch.zeros(())]
     shard = range(accelerator.rank, len(dataset), accelerator.world_size)
     loader = DataLoader(dataset, batch_size=1, sampler=shard, num_workers=workers, worker_init_fn=init_worker)
     for image, label in tqdm(loader, "evaluating", leave=False, disable=None if accelerator.is_main else True):
@@ -48,8 +48,9 @@ def evaluate(
         prediction = outputs[0].max(dim=1).indices  # (1, H, W); on a CPU 5 times as fast as argmax
         confusion.update(label.to(counting_device), prediction.to(counting_device))
         if criterion:
-            total += criterion(outputs, label.to(accelerator.device).long()).item()
+            losses.append(criterion(outputs, label.to(accelerator.device).long()).cpu())
     confusion.counts = accelerator.sum_exact(confusion.counts)
+    total = torch.stack(losses).double().sum()[None]
     return confusion, accelerator.sum_exact(total).item() / len(dataset)
 
 

@@ -4,7 +4,6 @@ Notation: B batch, K classes, H W an image's size. Raw images are uint8 RGB, 0 .
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,21 +60,25 @@ def make_forward(
             return tuple(F.interpolate(x.float(), size, mode="bilinear", align_corners=align_corners) for x in outputs)
 
         return forward_at_size
-    if list(scales) == [1] and not flip and not slide:
-        return partial(forward_image, model, accelerator=accelerator)
+
+    @accelerator.graph
+    def network(x: Tensor) -> tuple[Tensor, ...]:
+        with accelerator.autocast():
+            return model(x)
 
     @torch.inference_mode()
-    def forward(image: Tensor) -> tuple[Tensor]:
+    def forward(image: Tensor) -> tuple[Tensor, ...]:
         size, total = image.shape[-2:], 0
         image = preprocess(image.to(accelerator.device))
+        if list(scales) == [1] and not flip and not slide:
+            return network(image.contiguous(memory_format=torch.channels_last))
         for scale in scales:
             new_size = [int(side * scale + 0.5) for side in size]
             scaled = F.interpolate(image, size=new_size, mode="bilinear", align_corners=False)
             for flipped in (False, True) if flip else (False,):
                 x = scaled.flip(3) if flipped else scaled
                 x = x.contiguous(memory_format=torch.channels_last)
-                with accelerator.autocast():
-                    logits = slide_inference(model, x, slide) if slide else model(x)[0]
+                logits = slide_inference(network, x, slide) if slide else network(x)[0]
                 logits = logits.float().flip(3) if flipped else logits.float()
                 logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=model.align_corners)
                 total = total + logits.softmax(dim=1)
@@ -89,7 +92,7 @@ def scaled_size(size: Sequence[int], long_side: int) -> list[int]:
     return [max(round(side * long_side / max(size)), 1) for side in size]
 
 
-def slide_inference(model: nn.Module, image: Tensor, window: tuple[int, int]) -> Tensor:
+def slide_inference(network: Callable, image: Tensor, window: tuple[int, int]) -> Tensor:
     """Normalized images (B, 3, H, W) -> the mean of the logits of all windows (h, w), (B, K, H, W).
 
     Windows are 2/3 of their size apart. The last one of a row or column is shifted to end at the border, as in
@@ -104,7 +107,7 @@ def slide_inference(model: nn.Module, image: Tensor, window: tuple[int, int]) ->
     for top in starts[0]:
         for left in starts[1]:
             area = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            logits = model(image[area])[0].float()
+            logits = network(image[area])[0].float()
             if isinstance(total, int):
                 total = logits.new_zeros(*logits.shape[:2], *image.shape[-2:])
             total[area] += logits

@@ -11,11 +11,13 @@ import torch
 from mmsegmentation.make_reference import MODELS, REFERENCE, SIZES, TRAINED, eval_image, sgd, tensor_of, train_batch
 from names import as_mmsegmentation
 
+from ocrnet.device import Accelerator
 from ocrnet.losses import AUX_LOSS_WEIGHT, ocr_loss
 from ocrnet.models import build_model, load_weights
 from ocrnet.models.weights import rename
 
 EXPECTED = json.loads(REFERENCE.read_text())
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +33,13 @@ def model(request, tmp_path_factory):
 
 @pytest.mark.parametrize("model", MODELS, indirect=True)
 @pytest.mark.parametrize("size", SIZES)
-def test_logits_are_mmsegmentations(model, size):
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_are_mmsegmentations(model, size, device):
     height, width = size
+    device = Accelerator(device, amp=False).device  # without TF32
     with torch.inference_mode():
-        found = [logits[0, :, height // 3, width // 2] for logits in model.eval()(eval_image(size))]
+        outputs = model.to(device).eval()(eval_image(size).to(device))
+    found = [logits[0, :, height // 3, width // 2].cpu() for logits in outputs]
     expected = torch.tensor(EXPECTED[model.config["name"]]["logits"][f"{height}x{width}"])
     torch.testing.assert_close(torch.stack(found), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
@@ -42,7 +47,7 @@ def test_logits_are_mmsegmentations(model, size):
 @pytest.mark.parametrize("model", [TRAINED], indirect=True)
 def test_losses_gradients_and_steps_are_mmsegmentations(model):
     expected = EXPECTED[TRAINED]
-    model = model.double().train()
+    model = model.cpu().double().train()
     image, label = train_batch()
     optimizer = sgd(model)
     for step, (final_loss, weighted_aux_loss) in enumerate(expected["losses"]):

@@ -121,8 +121,8 @@ def preprocess(image: Tensor, photometric: Tensor | None = None) -> Tensor:
     x = image.float()
     if photometric is not None:
         x = photometric_distortion(x, photometric)
-    mean, std = x.new_tensor(MEAN), x.new_tensor(STD)
-    return (x - mean[:, None, None]) / std[:, None, None]
+    channels = zip(x.split(1, dim=1), MEAN, STD)
+    return torch.cat([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def photometric_distortion(x: Tensor, params: Tensor) -> Tensor:
@@ -145,6 +145,6 @@ def adjust_hue_saturation(x: Tensor, hue: Tensor, saturation: Tensor) -> Tensor:
     value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     safe = chroma.clamp(min=1e-6)
     sixths = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = (x.new_tensor([5, 3, 1])[:, None, None] + sixths + 6 * hue) % 6
+    k = (torch.cat([n + sixths for n in (5, 3, 1)], dim=1) + 6 * hue) % 6
     chroma = torch.minimum(chroma * saturation, value)  # saturation = chroma / value is at most 1
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)

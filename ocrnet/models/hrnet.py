@@ -21,10 +21,13 @@ authors', so their ImageNet weights load unchanged.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..cuda_graph import in_parallel
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
@@ -123,18 +126,18 @@ class HRModule(nn.Module):
         self.fuse_layers = nn.ModuleList(nn.ModuleList(fuse_path(channels, j, i) for j in indices) for i in indices)
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
-        x = [branch(x_j) for branch, x_j in zip(self.branches, x)]
-        fused = [self.fuse(x, i) for i in range(len(x))]
-        return [F.relu(sum(paths[1:], start=paths[0])) for paths in fused]
+        x = in_parallel(self.branches, x)
+        return in_parallel([partial(self.fuse, i=i) for i in range(len(x))], [x] * len(x))
 
-    def fuse(self, x: list[Tensor], i: int) -> list[Tensor]:
-        """The terms f_ji(R_j) of branch ``i``, each (B, 2^i C, h / 2^i, w / 2^i)."""
+    def fuse(self, x: list[Tensor], i: int) -> Tensor:
+        """R_i after the fuse, (B, 2^i C, h / 2^i, w / 2^i)."""
         size = x[i].shape[-2:]
         paths = [path(x_j) for path, x_j in zip(self.fuse_layers[i], x)]
-        return [
+        paths = [
             upsample(y, 2 ** (j - i), size, self.align_corners) if j > i else y  # coarser branches
             for j, y in enumerate(paths)
         ]
+        return F.relu(sum(paths[1:], start=paths[0]))
 
 
 def transition(in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.ModuleList:

@@ -148,13 +148,12 @@ def main() -> None:
         """images, labels and photometric parameters of ``TrainDataset`` -> the loss and its parts, (3,)."""
         optimizer.zero_grad()
         losses = torch.zeros(3, device=device)
-        micro_batches = zip(*(x.to(device, non_blocking=True).split(args.batch_size) for x in batch))
-        for micro_step, (image, label, photometric) in enumerate(micro_batches, 1):
-            image = preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format)
+        for micro_step, micro_batch in enumerate(zip(*(x.split(args.batch_size) for x in batch)), 1):
+            image, label = to_device(micro_batch, accelerator)  # (B, 3, H, W), (B, H, W)
             model.require_backward_grad_sync = micro_step == args.accum_steps  # DDP: average gradients once
             with accelerator.autocast():
                 outputs = model(image)  # logits, region_logits, (B, K, H, W) each
-            loss, parts = ocr_loss(outputs, label.long(), class_weights)
+            loss, parts = ocr_loss(outputs, label, class_weights)
             del outputs  # the largest tensors; the backward pass does not need them
             scaler.scale(loss / args.accum_steps).backward()
             losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
@@ -244,6 +243,12 @@ def main() -> None:
         raise InputError(f"{failure}".strip().splitlines()[-1] + f" ({last} is saved: --resume continues)")
     if stopped:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])  # so a scheduler can tell a stopped run from a finished one
+
+
+def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """A batch of ``TrainDataset`` -> normalized images (B, 3, H, W) and labels int64 (B, H, W) on the device."""
+    image, label, photometric = (x.to(accelerator.device, non_blocking=True) for x in batch)
+    return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 
 
 def count_classes(samples: Sequence[Sample], table: ClassTable) -> list[int]:

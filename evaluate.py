@@ -23,7 +23,7 @@ from ocrnet.data.datasets import EvalDataset, find_samples
 from ocrnet.device import DEVICES, Accelerator
 from ocrnet.evaluation import evaluate, export_split, print_scores, print_shares, summarize
 from ocrnet.inference import color_images, make_forward
-from ocrnet.script import check_output, make_parser, run_script
+from ocrnet.script import check_output, make_parser, number, run_script
 
 
 def main() -> None:
@@ -93,13 +93,13 @@ def parse_args() -> Namespace:
     group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs to DIR instead of scoring")
     group = parser.add_argument_group("images")
     group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files and folders")
-    group.add_argument("--long-side", type=int, metavar="N", help="pixels; 0: as it is; None: as in training")
+    group.add_argument("--long-side", type=number(int, 0), metavar="N", help="pixels; 0: as it is; None: as trained")
     group.add_argument("--save", type=Path, metavar="DIR", help="write them colored by class to DIR")
     group.add_argument("--explain", type=Path, metavar="DIR", help="write a figure per step of the method to DIR")
     group = parser.add_argument_group("inference")
-    group.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="X", help="multi-scale: sizes")
+    group.add_argument("--scales", type=number(float, 0.01), nargs="+", default=[1.0], metavar="X", help="multi-scale")
     group.add_argument("--flip", action="store_true", help="mean over flipped images too")
-    group.add_argument("--slide", type=int, nargs=2, metavar=("H", "W"), help="sliding window, saves memory")
+    group.add_argument("--slide", type=number(int, 1), nargs=2, metavar=("H", "W"), help="window, saves memory")
     group.add_argument("--device", choices=DEVICES, help="None: the first that is available")
     group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; None: not on CPUs without bf16")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -108,14 +108,12 @@ def parse_args() -> Namespace:
         parser.error("--images: expected together with --save or --explain")
     if args.images and (args.export or args.json):
         parser.error("--images: shows images and scores no data set: leave out --export and --json")
-    if args.long_side is not None and (args.long_side < 0 or not args.images):
-        parser.error("--long-side: expected together with --images, and 0 or more")
+    if args.long_side is not None and not args.images:
+        parser.error("--long-side: expected together with --images")
     if args.export and args.json:
         parser.error("--export: scores nothing: leave out --json")
     if args.explain and (args.scales != [1.0] or args.flip or args.slide or args.compile):
         parser.error("--explain: shows one forward pass at scale 1: leave out --scales, --flip, --slide, --compile")
-    if min(args.scales) <= 0 or min(args.slide or [1]) < 1:
-        parser.error("--scales, --slide: expected numbers above 0")
     return args
 # fmt: on
 

@@ -9,8 +9,10 @@ Only missing files are written, so the script can be interrupted and run again. 
 _labelIds.png only; _labelTrainIds.png are for other programs.
 """
 
+import json
 import zipfile
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +23,18 @@ from tqdm.contrib.concurrent import process_map
 
 from ocrnet import InputError
 from ocrnet.checkpoint import atomic_write
-from ocrnet.data.classes import ClassTable, read_classes
-from ocrnet.data.datasets import Sample, count_pixels, find_images, find_samples, image_folder, read_sample
+from ocrnet.data.classes import CITYSCAPES, ClassTable, read_classes
+from ocrnet.data.datasets import (
+    Sample,
+    count_pixels,
+    find_images,
+    find_samples,
+    image_folder,
+    label_paths,
+    open_image,
+    read_sample,
+    split_folder,
+)
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.script import make_parser, run_script
 
@@ -42,15 +54,20 @@ def main() -> None:
         write_dataset(root)
     for name, ending in ZIPS.items() if args.zips else ():
         unpack(args.zips / name, ending, root)
-    folders = sorted(path for path in image_folder(root).glob("*") if path.is_dir())
-    if not folders:
+    splits = sorted(path.name for path in image_folder(root).glob("*") if path.is_dir())
+    if split_folder(root, "train").name == "images":
+        splits = ["train", "val"]  # drawn by name
+    if not splits:
         raise InputError(
             f"--data-path {root}: expected a folder leftImg8bit or images with folders train and val; Cityscapes' zips "
             f"are at https://www.cityscapes-dataset.com, and --synthetic needs none"
         )
+    if image_folder(root).name == "images" and not (root / "classes.json").exists():
+        print_starter(root)
+        raise InputError(f"{root / 'classes.json'}: expected the classes: name those above, and save them there")
     table, shares = read_classes(root), {}
     convert = not (root / "classes.json").exists()  # Cityscapes
-    for split in (folder.name for folder in folders):
+    for split in splits:
         try:
             samples = find_samples(root, split)
         except InputError:
@@ -86,6 +103,23 @@ def unpack(path: Path, ending: str, root: Path) -> None:
                     archive.extract(entry, root)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: a password
         raise InputError(f"{path}: expected a zip, found another or a damaged file ({error})") from None
+
+
+def print_starter(root: Path) -> None:
+    """Print the values or colors of the training labels, with their shares, and a classes.json that has them."""
+    counts: Counter = Counter()
+    for image in tqdm(find_images(root, "train"), desc="values", disable=None):
+        label = open_image(label_paths(image, root)[0])
+        label = label.convert("RGB") if label.mode == "RGBA" else label
+        counts.update({value: count for count, value in label.getcolors(label.width * label.height)})
+    for value, count in counts.most_common(254):
+        print(f"{count / counts.total():8.3%} of the pixels are {value}")
+    rows = []
+    for k, value in enumerate(sorted(value for value, _ in counts.most_common(254))):
+        is_color = isinstance(value, tuple)
+        color = value if is_color else CITYSCAPES.palette[k % len(CITYSCAPES)].tolist()
+        rows.append({"name": f"class {k}", "id": -1 if is_color else value, "train_id": k, "color": color})
+    print("[\n    " + ",\n    ".join(map(json.dumps, rows)) + "\n]")
 
 
 def check(sample: Sample, table: ClassTable, convert: bool) -> np.ndarray:

@@ -15,6 +15,7 @@ checkpoint is whole or absent.
 
 import json
 import math
+import os
 import random
 import signal
 import sys
@@ -52,7 +53,7 @@ from ocrnet.logs import read_log, trim_log
 from ocrnet.losses import ocr_loss, poly_lr
 from ocrnet.metrics import ConfusionMatrix
 from ocrnet.models import BACKBONES, HEADS, build_model, load_weights
-from ocrnet.script import catch_stop_signals, init_worker, make_parser, run_script
+from ocrnet.script import catch_stop_signals, fitting_workers, init_worker, make_parser, number, run_script
 
 RECIPE_LR = 0.01
 DEMO = dict(
@@ -116,6 +117,8 @@ def main() -> None:
             scaler.load_state_dict(checkpoint["scaler"])
     sizes = f"{len(train_set)} training and {len(val_set)} validation images, {len(table)} classes"
     describe(args, accelerator, net, sizes, iteration, global_batch)
+    if args.crop_size[0] > size[0] or args.crop_size[1] > size[1]:
+        print0(f"NOTE: --crop-size {args.crop_size} is larger than the images, {size}: the rest of a crop is padding")
 
     log_path = args.output_dir / "log.jsonl"
     if is_main:
@@ -166,8 +169,11 @@ def main() -> None:
     sampler = InfiniteSampler(
         len(train_set), args.seed, accelerator.rank, accelerator.world_size, iteration * global_batch
     )
+    workers = fitting_workers(args.workers, 4 * math.prod((args.batch_size, args.accum_steps, *args.crop_size)))
+    if workers < args.workers:
+        print0(f"NOTE: {workers} data loader workers, as /dev/shm is too small for --workers {args.workers}")
     batches = iter(DataLoader(
-        train_set, args.batch_size * args.accum_steps, sampler=sampler, num_workers=args.workers,
+        train_set, args.batch_size * args.accum_steps, sampler=sampler, num_workers=workers,
         pin_memory=device.type != "cpu", worker_init_fn=init_worker,
     ))  # fmt: skip
     batch = next(batches)
@@ -268,6 +274,9 @@ def describe(args: Namespace, accelerator: Accelerator, net: nn.Module, sizes: s
     print0(f"{iterations} of {batch} crops of {h}x{w}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
     if batch != 8 and args.lr == RECIPE_LR:
         print0(f"NOTE: --lr {RECIPE_LR} of the recipe is for a global batch of 8, found {batch}")
+    cores = os.cpu_count() or 1
+    if accelerator.device.type == "cpu" and 4 * torch.get_num_threads() * accelerator.world_size <= cores:
+        print0(f"NOTE: {torch.get_num_threads()} of {cores} cores compute: set OMP_NUM_THREADS")
     if not (args.weights or args.demo or iteration):
         print0("WARNING: training from RANDOM weights; published scores start from ImageNet: --weights imagenet")
 
@@ -285,7 +294,8 @@ def draw_figures(folder: Path, forward: Forward, val_set: EvalDataset, confusion
 
 # fmt: off
 def parse_args() -> Namespace:
-    parser = make_parser(__doc__)
+    parser, count, rate = make_parser(__doc__), number(int, 1), number(float, 0)
+    size, scale, seed = number(int, 32), number(float, 0.01), number(int, 0, 2**63 - 1)
     group = parser.add_argument_group("model and data")
     group.add_argument("--demo", action="store_true", help="generated data and short settings, which flags override")
     group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
@@ -295,37 +305,32 @@ def parse_args() -> Namespace:
     group.add_argument("--weights", metavar="FILE", help="initial weights: a file, imagenet, or a name of hub.py")
     group.add_argument("--resume", action="store_true", help="continue from last.pt in --output-dir, if it exists")
     group = parser.add_argument_group("recipe")
-    group.add_argument("--max-iters", type=int, default=40_000, metavar="N", help="optimizer steps")
-    group.add_argument("--batch-size", type=int, default=2, metavar="N", help="images per process")
-    group.add_argument("--accum-steps", type=int, default=1, metavar="N", help="batches per optimizer step")
-    group.add_argument("--lr", type=float, default=RECIPE_LR, metavar="X", help="for a global batch of 8")
-    group.add_argument("--weight-decay", type=float, default=5e-4, metavar="X", help="of SGD")
-    group.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels")
-    group.add_argument("--scale-range", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="sizes")
+    group.add_argument("--max-iters", type=count, default=40_000, metavar="N", help="optimizer steps")
+    group.add_argument("--batch-size", type=count, default=2, metavar="N", help="images per process")
+    group.add_argument("--accum-steps", type=count, default=1, metavar="N", help="batches per optimizer step")
+    group.add_argument("--lr", type=rate, default=RECIPE_LR, metavar="X", help="for a global batch of 8")
+    group.add_argument("--weight-decay", type=rate, default=5e-4, metavar="X", help="of SGD")
+    group.add_argument("--crop-size", type=size, nargs=2, default=[512, 1024], metavar=("H", "W"), help="pixels")
+    group.add_argument("--scale-range", type=scale, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="sizes")
     group.add_argument("--color-jitter", action=BooleanOptionalAction, default=True, help="photometric distortion")
     group.add_argument("--class-weights", choices=["auto"], help="weigh classes in the loss by their share of pixels")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, crops and dropout")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, order, crops and dropout")
     group = parser.add_argument_group("device")
     group.add_argument("--device", choices=DEVICES, help="None: the first that is available")
     group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; None: not on CPUs without bf16")
     group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="None: fp16; bf16 on CPUs and newer CUDA cards")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--workers", type=int, default=4, metavar="N", help="data loader workers per process")
+    group.add_argument("--workers", type=number(int, 0), default=4, metavar="N", help="data loader workers per process")
     group = parser.add_argument_group("intervals, in iterations")
-    group.add_argument("--val-every", type=int, default=4000, metavar="N", help="validation")
-    group.add_argument("--save-every", type=int, default=4000, metavar="N", help="last.pt")
-    group.add_argument("--log-every", type=int, default=50, metavar="N", help="a line of log.jsonl")
+    group.add_argument("--val-every", type=count, default=4000, metavar="N", help="validation")
+    group.add_argument("--save-every", type=count, default=4000, metavar="N", help="last.pt")
+    group.add_argument("--log-every", type=count, default=50, metavar="N", help="a line of log.jsonl")
 
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args()
-    for name in ("max_iters", "batch_size", "accum_steps", "val_every", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, found {getattr(args, name)}")
-    if not 0 < args.scale_range[0] <= args.scale_range[1]:
-        parser.error(f"--scale-range: expected 0 < MIN <= MAX, found {args.scale_range[0]} {args.scale_range[1]}")
-    if min(args.crop_size) < 32:
-        parser.error(f"--crop-size: expected 32 or more, found {args.crop_size[0]} {args.crop_size[1]}")
+    if args.scale_range[0] > args.scale_range[1]:
+        parser.error(f"--scale-range: expected MIN <= MAX, found {args.scale_range[0]} {args.scale_range[1]}")
     args.output_dir = args.output_dir or Path("runs") / (args.model + ("" if args.head == "ocr" else "-" + args.head))
     return args
 # fmt: on

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from . import InputError
 from .data.classes import ClassTable
-from .data.datasets import EvalDataset, find_images, image_folder
+from .data.datasets import EvalDataset, find_images, image_folder, image_size, split_folder
 from .device import Accelerator
 from .inference import Forward, predict_file, rank_shard, save_png
 from .metrics import ConfusionMatrix
-from .script import init_worker
+from .script import fitting_workers, init_worker
 
 
 def evaluate(
@@ -42,6 +42,8 @@ def evaluate(
     counting_device = torch.device("cpu") if accelerator.device.type == "sdaa" else accelerator.device
     confusion, losses = ConfusionMatrix(num_classes, counting_device), [torch.zeros(())]
     shard = range(accelerator.rank, len(dataset), accelerator.world_size)
+    height, width = image_size(dataset.samples)
+    workers = fitting_workers(workers, 4 * height * width)
     loader = DataLoader(dataset, batch_size=1, sampler=shard, num_workers=workers, worker_init_fn=init_worker)
     for image, label in tqdm(loader, "evaluating", leave=False, disable=None if accelerator.is_main else True):
         outputs = forward(image)
@@ -78,7 +80,7 @@ def export_split(
         InputError: two images would have one file.
     """
     images, plain = find_images(root, split), image_folder(root).name == "images"
-    inside = [path.relative_to(image_folder(root) / split).with_suffix(".png") for path in images]
+    inside = [path.relative_to(split_folder(root, split)).with_suffix(".png") for path in images]
     targets = dict.fromkeys(folder / (path if plain else path.name) for path in inside)
     if len(targets) < len(images):
         raise InputError(

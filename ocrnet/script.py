@@ -4,7 +4,10 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -28,14 +31,46 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, usage="%(prog)s [options]", formatter_class=HelpFormatter)
 
 
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """The ``type`` of an option: a finite number of this kind, int or float, from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected {limit}, found {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # in argparse's message on text that is no number
+    return parse
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run ``main``. An InputError or OSError is printed as one line, and the exit status is 1."""
+    """Run ``main``. An InputError, an OSError or a lack of memory is printed as one line, and the exit status is 1."""
     try:
         return main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
         # a data loader worker prepends its traceback, whose last line is the error
-        message = str(error).strip().splitlines()[-1].removeprefix("ocrnet.InputError: ")
+        message = (str(error).strip().splitlines() or ["out of memory"])[-1].removeprefix("ocrnet.InputError: ")
+        if isinstance(error, (MemoryError, RuntimeError)):  # torch has no type of its own for a CPU without memory
+            if not re.search("out of memory|can't allocate memory|^$", str(error)):
+                raise
+            message = (
+                "out of memory: train.py needs less with --batch-size 1 and more --accum-steps, or with a smaller "
+                "--crop-size; evaluate.py with --slide or a smaller --long-side"
+            )
     sys.exit(f"error: {message}")  # here the error is gone, and with it the data loader that its frames held
+
+
+def fitting_workers(workers: int, batch_bytes: int) -> int:
+    """At most as many data loader workers as there is shared memory for; a container often has 64 MiB of it.
+
+    A worker makes two batches in advance, and one more is in use.
+    """
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(workers, free // (3 * batch_bytes))
+    return workers
 
 
 def check_output(path: Path) -> None:

@@ -47,6 +47,26 @@ def test_an_unknown_value_or_color_is_named_with_its_share(label, found):
         ClassTable.from_rows(ROWS, "x").to_train_ids(np.array(label, np.uint8))
 
 
+def test_values_that_are_no_ids_are_read_by_their_colors_in_the_palette():
+    table = ClassTable.from_rows(ROWS, "x")
+    label = np.array([[1, 2, 2]], np.uint8)
+    for palette in ([[9, 9, 9], [255, 0, 0], [0, 0, 0]], [[9, 9, 9], [0, 255, 0], [0, 0, 0], [1, 1, 1]]):
+        assert table.to_train_ids(label, np.array(palette, np.uint8)).tolist() == [[1, 0, 0]]
+
+
+def test_ids_count_where_the_palette_is_of_other_colors_or_does_not_tell_them_apart():
+    table = ClassTable.from_rows(ROWS, "x")
+    for palette in ([[1, 2, 3]] * 10, [[0, 0, 0]] * 10, [[0, 0, 0]]):
+        assert table.to_train_ids(np.array([[0, 9]], np.uint8), np.array(palette, np.uint8)).tolist() == [[0, 1]]
+
+
+def test_ids_with_the_colors_of_other_classes_are_refused():
+    palette = np.zeros((10, 3), np.uint8)
+    palette[0], palette[9] = ROWS[1]["color"], ROWS[0]["color"]
+    with pytest.raises(InputError):
+        ClassTable.from_rows(ROWS, "x").to_train_ids(np.array([[0, 9]], np.uint8), palette)
+
+
 def test_a_color_of_two_classes_is_unknown_and_one_of_a_class_and_an_ignored_label_is_the_class():
     labels = [Label("a", 0, 0, (1, 1, 1)), Label("b", 1, 1, (2, 2, 2)), Label("c", 2, 2, (2, 2, 2))]
     table = ClassTable([Label("void", 3, 255, (1, 1, 1)), *labels])

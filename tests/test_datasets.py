@@ -69,6 +69,18 @@ def test_images_and_labels_of_the_plain_layout_are_found_and_mapped(root):
     assert find_sample_of(sample.image) is None
 
 
+def test_without_folders_of_splits_a_fifth_is_for_validation_by_name(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps(ROWS))
+    for i in range(60):
+        save(tmp_path / f"images/day/{i}.jpg", np.zeros((2, 4, 3)))
+        save(tmp_path / f"labels/day/{i}.png", np.zeros((2, 4)))
+        if i == 39:
+            before = {split: find_samples(tmp_path, split) for split in ("train", "val")}
+    for split, samples in before.items():
+        assert set(samples) < set(find_samples(tmp_path, split))
+    assert len(before["train"]) + len(before["val"]) == 40 and 4 <= len(before["val"]) <= 12
+
+
 def test_reading_writes_nothing(root):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     dataset = TrainDataset(find_samples(root, "train"), TABLE, (32, 32), 0)
@@ -173,10 +185,28 @@ def test_the_bits_of_an_image_and_the_indices_of_a_palette_are_its_values(tmp_pa
     assert read_label(save(tmp_path / "bits.png", 255 * np.array(LABEL), "1"), bits).tolist() == LABEL
 
 
-def test_a_label_of_16_bits_is_refused(tmp_path):
+def test_a_label_of_16_bits_and_a_jpeg_are_refused(tmp_path):
     Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(InputError, match=f"^{tmp_path / 'deep.png'}: .*I;16"):
-        read_label(tmp_path / "deep.png", TABLE)
+    save(tmp_path / "lossy.png", np.zeros((2, 2)), format="JPEG")
+    for name, found in (("deep.png", "I;16"), ("lossy.png", "JPEG")):
+        with pytest.raises(InputError, match=f"^{tmp_path / name}: .*{found}"):
+            read_label(tmp_path / name, TABLE)
+
+
+def test_a_palette_and_equal_channels_are_ids_or_colors(tmp_path):
+    colors = np.array([row["color"] for row in ROWS], np.uint8)[LABEL]
+    for number in (2, 200):  # palettes in another order
+        image = Image.fromarray(np.array(LABEL, np.uint8) * number + 20)
+        palette = np.zeros((256, 3), np.uint8)
+        palette[[20, number + 20]] = colors[0, 0], colors[0, 1]
+        image.putpalette(palette.tobytes())
+        image.save(tmp_path / "x.png")
+        assert read_label(tmp_path / "x.png", TABLE).tolist() == LABEL
+    save(tmp_path / "gray.png", 9 * np.array(LABEL)[..., None].repeat(3, axis=2))
+    assert read_label(tmp_path / "gray.png", TABLE).tolist() == LABEL
+    mask = ClassTable.from_rows([ROWS[0], {"name": "x", "id": 1, "train_id": 1, "color": [255] * 3}], "x")
+    save(tmp_path / "mask.png", 255 * np.array(LABEL)[..., None].repeat(3, axis=2))
+    assert read_label(tmp_path / "mask.png", mask).tolist() == LABEL
 
 
 def test_an_unknown_value_names_the_file(tmp_path):

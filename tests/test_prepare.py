@@ -88,6 +88,23 @@ def test_own_classes_are_checked_and_nothing_is_written(main, data, tmp_path):
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("kind", ["values", "colors"])
+def test_without_classes_the_values_are_counted_and_a_file_to_start_from_is_printed(main, tmp_path, capsys, kind):
+    label = np.array([[0, 0, 7, 255]], np.uint8)
+    label = label if kind == "values" else np.stack([label, label // 2, label], axis=-1)
+    for folder, pixels in (("images", np.zeros((1, 4, 3), np.uint8)), ("labels", label)):
+        for split in ("train", "val"):
+            (tmp_path / folder / split).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / folder / split / "a.png")
+    with pytest.raises(InputError, match=f"^{tmp_path / 'classes.json'}: "):
+        main("prepare_cityscapes.py", "--data-path", tmp_path)
+    printed = capsys.readouterr().out
+    assert re.findall(r"(\d+)\.\d+%", printed) == ["50", "25", "25"]
+    (tmp_path / "classes.json").write_text(printed[printed.index("[\n") :])
+    main("prepare_cityscapes.py", "--data-path", tmp_path)
+    assert len(re.findall(r" (50|25)\.\d+%", capsys.readouterr().out)) == 6
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from ocrnet.device import Accelerator
 from ocrnet.inference import forward_image
 from ocrnet.losses import ocr_loss, poly_lr
 from ocrnet.models import build_model
+from ocrnet.script import run_script
 
 DRAWN = {"curve.png", "samples.png", "scores.png"}
 
@@ -98,6 +101,11 @@ def test_a_run_prints_its_sizes_and_notes_what_is_unusual(main, data, trained, t
     output = printed("--batch-size", 6, "--weights", trained / "best.pt")
     assert "WARNING" not in output and "NOTE" in output  # the learning rate is for another batch size
     assert "NOTE" not in printed("--batch-size", 6, "--lr", 0.02)
+    assert "NOTE: --crop-size" in printed("--batch-size", 8, "--crop-size", 160, 160)  # of images of 128x256
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert "NOTE: 1 of 16 cores" in printed("--batch-size", 8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2 * 4 * 32 * 64))
+    assert "NOTE: 2 data loader workers" in printed("--batch-size", 1, "--lr", 0.02, "--workers", 3)
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -204,12 +212,19 @@ def test_flags_override_the_demo_which_generates_its_data(main, tmp_path, monkey
         "--scale-range 2 1",
         "--scale-range 0 1",
         "--crop-size 16 64",
+        "--workers -1",
+        "--lr nan",
+        "--lr -1",
+        "--weight-decay inf",
+        "--seed 99999999999999999999",
+        "--batch-size x",
     ],
 )
 def test_flags_out_of_range_are_refused_by_name(main, flags, capsys):
     with pytest.raises(SystemExit) as error:
         main("train.py", *flags.split())
-    assert error.value.code == 2 and f"error: {flags.split()[0]}: " in capsys.readouterr().err.splitlines()[-1]
+    error_line = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and re.search(rf"error: (argument )?{flags.split()[0]}: ", error_line)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -244,6 +259,30 @@ def test_training_does_not_start_from_a_file_that_is_no_checkpoint(main, data, t
     with pytest.raises(InputError, match=f"^{file}: "):
         main("train.py", *TINY_RUN, "--max-iters", 3, "--data-path", data, *start)
     assert file.read_text() == "not a checkpoint" and not (tmp_path / "run").exists()
+
+
+def test_flipped_bits_of_a_checkpoint_are_found(main, trained, data, tmp_path):
+    content = bytearray((trained / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # in a tensor
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(InputError, match=f"^{tmp_path / 'last.pt'}: .*damaged"):
+        main("train.py", *TINY_RUN, "--resume", "--output-dir", tmp_path, "--data-path", data)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+def test_a_lack_of_memory_is_one_line_with_the_flags_that_help(error):
+    def run():
+        raise error
+
+    with pytest.raises(SystemExit, match="^error: out of memory.*--batch-size"):
+        run_script(run)
+
+
+def test_a_cpu_without_memory_is_one_line_and_another_error_keeps_its_traceback():
+    with pytest.raises(SystemExit, match="^error: out of memory"):
+        run_script(lambda: torch.empty(2**50))
+    with pytest.raises(RuntimeError, match="size"):
+        run_script(lambda: torch.ones(2) + torch.ones(3))
 
 
 def test_a_model_without_a_run_is_not_resumed(main, data, tmp_path):

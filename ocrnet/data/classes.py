@@ -78,17 +78,41 @@ class ClassTable:
             lookup[color] = UNKNOWN if taken else label.train_id
         return lookup
 
+    def lookup_of(self, values: np.ndarray, palette: np.ndarray) -> np.ndarray:
+        """``lookup`` for these values, or one by their colors. See ``to_train_ids``."""
+        by_color = np.full(256, UNKNOWN, np.uint8)
+        by_color[: len(palette)] = self.color_lookup[pack(palette)]
+        if UNKNOWN in by_color[values]:
+            return self.lookup
+        if not np.isin(values, [label.id for label in self.labels]).all():
+            return by_color
+        # a palette that does not tell them apart, as the black one of an image without colors, says nothing
+        distinct = len(palette) > 1 and len(np.unique(palette[values], axis=0)) == len(values)
+        if distinct and (by_color[values] != self.lookup[values]).any():
+            raise InputError(
+                "its values are ids of some classes, and its colors those of others: save it as one channel, where "
+                "values count, or give the rows id -1, so that colors count"
+            )
+        return self.lookup
+
     def __len__(self) -> int:
         """K."""
         return len(self.names)
 
-    def to_train_ids(self, label: np.ndarray) -> np.ndarray:
+    def to_train_ids(self, label: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
         """Label values (H, W) or colors (H, W, 3), uint8 -> train ids, uint8 (H, W).
 
+        Args:
+            palette: the color of each value, uint8 (N, 3). It counts where a value is no id of the table.
+
         Raises:
-            InputError: a value or color is not in the table. Says which, and its share of the pixels.
+            InputError: a value or color is not in the table, which says which, and its share of the pixels; or the
+                values are ids and have colors of other classes.
         """
-        train_ids = self.lookup[label] if label.ndim == 2 else self.color_lookup[pack(label)]
+        if label.ndim == 3:
+            train_ids = self.color_lookup[pack(label)]
+        else:
+            train_ids = (self.lookup if palette is None else self.lookup_of(np.unique(label), palette))[label]
         unknown = train_ids == UNKNOWN
         if unknown.any():
             value = label[unknown][0].tolist()

@@ -6,7 +6,7 @@ Cityscapes' layout (https://arxiv.org/abs/1604.01685), or a plain one, with fold
     ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png        label, or where there is none
     ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png   label that is mapped already
 
-    ROOT/images/SPLIT/NAME.jpg                             image
+    ROOT/images/SPLIT/NAME.jpg                             image (no folders train and val: a fifth is val)
     ROOT/labels/SPLIT/NAME.png                             label: ids or colors of classes.json
     ROOT/classes.json                                      the classes; optional in Cityscapes' layout
 
@@ -18,6 +18,7 @@ Notation: H W an image's size, h w the crop's.
 import itertools
 import os
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,13 @@ def image_folder(root: Path) -> Path:
     return plain if plain.is_dir() and not cityscapes.is_dir() else cityscapes
 
 
+def split_folder(root: Path, split: str) -> Path:
+    """Where the images of a split are: ROOT/images itself if it has no folders train and val."""
+    folder = image_folder(root)
+    whole = folder.name == "images" and not any((folder / name).is_dir() for name in ("train", "val"))
+    return folder if whole else folder / split
+
+
 def label_paths(image: Path, root: Path) -> list[Path]:
     """Where the label of an image may be. The first that exists counts."""
     folder = Path(*image.relative_to(root).parts[1:-1])  # SPLIT/CITY
@@ -78,9 +86,11 @@ def find_images(root: Path, split: str) -> list[Path]:
     Raises:
         InputError: there are none, or two have the same label.
     """
-    folder = image_folder(root) / split
+    folder = split_folder(root, split)
     endings = IMAGE_SUFFIXES if image_folder(root).name == "images" else ("_leftImg8bit.png",)
     images = [path for path in list_files(folder) if path.name.lower().endswith(tuple(map(str.lower, endings)))]
+    if folder.name == "images":  # by the name, so that an image stays where it is when others are added
+        images = [path for path in images if (zlib.crc32(path.stem.encode()) % 5 == 0) == (split == "val")]
     if not images:
         raise InputError(
             f"{folder}: expected images ({', '.join(endings)}), found none; ocrnet/data/datasets.py shows the layouts, "
@@ -134,7 +144,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-        return image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)  # Orientation
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # damaged bytes raise many types; PIL also refuses gigantic images
@@ -153,19 +164,27 @@ def read_label(path: Path, table: ClassTable) -> np.ndarray:
     """Read a label as train ids, uint8 (H, W).
 
     Its values are the ids of the table: 8 bits, the indices of a palette, or 0 and 1 of a 1-bit image. An RGB label has
-    the colors of the table. In a file ``..._labelTrainIds.png`` they are train ids already.
+    the colors of the table. A palette, or an RGB label whose channels are equal, may have either. In a file
+    ``..._labelTrainIds.png`` the values are train ids already.
 
     Raises:
-        InputError: a value or color is not in the table; and as ``open_image``.
+        InputError: a value or color is not in the table, or the file is a JPEG; and as ``open_image``.
     """
-    image = open_image(path)
-    label = np.asarray(image.convert("RGB") if image.mode == "RGBA" else image)
-    if image.mode not in ("1", "L", "P", "RGB", "RGBA"):
-        raise InputError(f"{path}: expected a label of one 8-bit channel, or RGB, found mode {image.mode}")
+    image, palette = open_image(path), None
+    if image.mode not in ("1", "L", "P", "RGB", "RGBA") or image.format == "JPEG":
+        found = "a JPEG, which changes values" if image.format == "JPEG" else f"mode {image.mode}"
+        raise InputError(f"{path}: expected a label of one 8-bit channel, or RGB, found {found}")
+    label = np.array(image.convert("RGB") if image.mode == "RGBA" else image, np.uint8)
+    grays = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+    if label.ndim == 3 and (label == label[..., :1]).all():
+        label, palette = label[..., 0], grays
+    elif image.mode == "P":
+        palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+        palette = None if np.array_equal(palette, grays[: len(palette)]) else palette
     try:
         if path.name.endswith(TRAIN_IDS):
-            table = ClassTable([label._replace(id=label.train_id) for label in table.labels])
-        return table.to_train_ids(label.astype(np.uint8, copy=False))
+            table, palette = ClassTable([label._replace(id=label.train_id) for label in table.labels]), None
+        return table.to_train_ids(label, palette)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

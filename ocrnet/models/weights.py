@@ -7,6 +7,7 @@ mmsegmentation's ResNetV1c. Our backbones have the authors' and torchvision's na
 
 import re
 import socket
+import zipfile
 from collections.abc import Callable, Iterable
 from functools import cache
 from http.client import HTTPException
@@ -86,6 +87,8 @@ def read_file(source: Path | str, model: str | None = None) -> Any:
     try:
         if url:
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not compare the checksums
+            raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, HTTPException) as error:
         message = f"{url}: not downloaded ({error}): put the file at {path}" if url else str(error)

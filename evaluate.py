@@ -53,7 +53,7 @@ def main() -> None:
         long_side = model.long_side if args.long_side is None else args.long_side
         size = f"resized to {long_side} pixels on the longer side" if long_side else "at their own size"
         accelerator.print0(f"images {size} (--long-side)")
-    compiled = accelerator.compile(model) if args.compile else model
+    compiled = accelerator.compile(model, frozen=True) if args.compile else model
     forward = make_forward(compiled, accelerator, args.scales, args.flip, args.slide, long_side)
 
     if args.images:

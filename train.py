@@ -29,21 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
 from ocrnet import InputError
 from ocrnet.checkpoint import check_resumable, load_checkpoint, restore_model, save_checkpoint
-from ocrnet.data.classes import ClassTable, balanced_weights, read_classes
-from ocrnet.data.datasets import (
-    EvalDataset,
-    InfiniteSampler,
-    Sample,
-    TrainDataset,
-    count_pixels,
-    find_samples,
-    image_size,
-    read_label,
-)
+from ocrnet.data.classes import balanced_weights, read_classes
+from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset, count_classes, find_samples, image_size
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
@@ -86,13 +76,15 @@ def main() -> None:
     size = image_size(samples)
     class_weights = None
     if args.class_weights:
-        pixels = accelerator.broadcast(count_classes(samples, table) if is_main else None)
-        class_weights = torch.tensor(balanced_weights(pixels), device=device)  # (K,)
+        weights = accelerator.broadcast(balanced_weights(count_classes(samples, table)) if is_main else None)
+        class_weights = torch.tensor(weights, device=device)  # (K,)
 
     # model and optimizer: new, or those of last.pt
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    settings |= {"classes": ", ".join(table.names), "train_images": len(train_set), "global_batch": global_batch}
-    settings |= {"device": str(accelerator), "resume": True}
+    settings = {
+        **{name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "classes": ", ".join(table.names), "train_images": len(train_set), "global_batch": global_batch,
+        "device": str(accelerator), "resume": True,
+    }  # fmt: skip
     checkpoint = accelerator.broadcast(load_checkpoint(last) if is_main and last.exists() else None)
     torch.manual_seed(args.seed)
     if checkpoint:
@@ -115,10 +107,8 @@ def main() -> None:
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
         if scaler.is_enabled() and checkpoint["scaler"]:  # empty where the loss was not scaled
             scaler.load_state_dict(checkpoint["scaler"])
-    sizes = f"{len(train_set)} training and {len(val_set)} validation images, {len(table)} classes"
-    describe(args, accelerator, net, sizes, iteration, global_batch)
-    if args.crop_size[0] > size[0] or args.crop_size[1] > size[1]:
-        print0(f"NOTE: --crop-size {args.crop_size} is larger than the images, {size}: the rest of a crop is padding")
+    print0(f"{args.data_path}: {len(train_set)} training and {len(val_set)} validation images, {len(table)} classes")
+    describe(args, accelerator, net, size, iteration, global_batch)
 
     log_path = args.output_dir / "log.jsonl"
     if is_main:
@@ -257,23 +247,18 @@ def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor
     return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 
 
-def count_classes(samples: Sequence[Sample], table: ClassTable) -> list[int]:
-    """Training pixels of each class, for --class-weights. Reads every label."""
-    counts = thread_map(
-        lambda sample: count_pixels(read_label(sample.label, table), len(table)), samples, desc="counting", disable=None
-    )
-    return sum(counts)[:-1].tolist()
-
-
-def describe(args: Namespace, accelerator: Accelerator, net: nn.Module, sizes: str, iteration: int, batch: int) -> None:
-    """Print what is trained, on what, and how. ``batch`` is the global batch."""
+def describe(
+    args: Namespace, accelerator: Accelerator, net: nn.Module, size: Sequence[int], iteration: int, batch: int
+) -> None:
+    """Print what is trained, on what, and how. ``size`` is the images' (H, W), ``batch`` the global batch."""
     print0, (h, w) = accelerator.print0, args.crop_size
     print0(f"{args.model}, head {args.head}: {sum(p.numel() for p in net.parameters()):,} parameters, on {accelerator}")
-    print0(f"{args.data_path}: {sizes}")
     iterations = f"{args.max_iters:,} iterations" + (f" after {iteration:,}" if iteration else "")
     print0(f"{iterations} of {batch} crops of {h}x{w}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
     if batch != 8 and args.lr == RECIPE_LR:
         print0(f"NOTE: --lr {RECIPE_LR} of the recipe is for a global batch of 8, found {batch}")
+    if h > size[0] or w > size[1]:
+        print0(f"NOTE: --crop-size {h} {w} exceeds the images, {size[0]}x{size[1]}: the rest of a crop is padding")
     cores = os.cpu_count() or 1
     if accelerator.device.type == "cpu" and 4 * torch.get_num_threads() * accelerator.world_size <= cores:
         print0(f"NOTE: {torch.get_num_threads()} of {cores} cores compute: set OMP_NUM_THREADS")

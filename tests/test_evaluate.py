@@ -97,11 +97,16 @@ def test_images_of_any_size_are_colored_and_explained(main, trained, images, tmp
         Image.open(path).verify()
 
 
-def test_the_model_in_the_box_colors_its_street(main, tmp_path, capsys):
-    flags = ["--ckpt", ROOT / ".assets/camvid.pt", "--images", ROOT / ".assets/street.jpg", "--device", "cpu"]
-    main("evaluate.py", *flags, "--data-path", tmp_path / "missing", "--save", tmp_path)
+def test_the_model_in_the_box_colors_its_street_at_any_size(main, tmp_path, capsys):
+    street = Image.open(ROOT / ".assets/street.jpg")
+    street.resize((3 * street.width, 3 * street.height)).save(tmp_path / "large.png")
+    flags = ["--ckpt", ROOT / ".assets/camvid.pt", "--device", "cpu", "--data-path", tmp_path / "missing"]
+    images = [ROOT / ".assets/street.jpg", tmp_path / "large.png"]
+    main("evaluate.py", *flags, "--images", *images, "--save", tmp_path / "out")
     shares = dict(re.findall(r"^(\w+) +([\d.]+) %$", capsys.readouterr().out, re.MULTILINE))
     assert float(shares["road"]) > 20 and float(shares["building"]) > 20 and float(shares["car"]) > 2
+    small, large = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("street.png", "large.png"))
+    assert (small == large[1::3, 1::3]).all(axis=2).mean() > 0.95
 
 
 def test_the_model_in_the_box_says_what_it_is(main, tmp_path, capsys):

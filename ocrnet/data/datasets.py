@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from tqdm.contrib.concurrent import thread_map
 
 from .. import InputError
 from .classes import IGNORE_INDEX, ClassTable
@@ -215,6 +216,14 @@ def count_pixels(label: np.ndarray, num_classes: int) -> np.ndarray:
     """Train ids (H, W) -> pixels of each class, the ignored ones last, int64 (K + 1,)."""
     counts = np.bincount(label.ravel(), minlength=256)
     return np.append(counts[:num_classes], counts[IGNORE_INDEX])
+
+
+def count_classes(samples: Sequence[Sample], table: ClassTable) -> list[int]:
+    """The pixels of each class in all labels."""
+    counts = thread_map(
+        lambda sample: count_pixels(read_label(sample.label, table), len(table)), samples, desc="counting", disable=None
+    )
+    return sum(counts)[:-1].tolist()
 
 
 def to_tensor(image: Image.Image) -> Tensor:

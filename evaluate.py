@@ -21,8 +21,8 @@ from ocrnet.checkpoint import load_model
 from ocrnet.data.classes import read_classes
 from ocrnet.data.datasets import EvalDataset, find_samples
 from ocrnet.device import DEVICES, Accelerator
-from ocrnet.evaluation import evaluate, export_split, print_scores, print_shares, summarize
-from ocrnet.inference import color_images, make_forward
+from ocrnet.evaluation import evaluate, export_ids, export_targets, print_scores, print_shares, summarize
+from ocrnet.inference import color_images, list_images, make_forward
 from ocrnet.script import check_output, make_parser, number, run_script
 
 
@@ -65,9 +65,11 @@ def main() -> None:
             from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
 
             explain_images(model, args.images, args.explain, table, accelerator, long_side)
-    elif args.export:
-        export_split(forward, args.data_path, args.split, args.export, table, accelerator)
-    else:
+    if args.export:
+        targets = {path: args.export / f"{path.stem}.png" for path in list_images(args.images or ())}
+        targets = targets or export_targets(args.data_path, args.split, args.export)
+        export_ids(forward, targets, table, accelerator)
+    elif not args.images:
         samples = find_samples(args.data_path, args.split)
         confusion, _ = evaluate(forward, EvalDataset(samples, table), len(table), accelerator, workers=2)
         if not confusion.counts.any():
@@ -90,7 +92,7 @@ def parse_args() -> Namespace:
     group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
     group.add_argument("--split", default="val", metavar="NAME", help="train, val or test")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
-    group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs to DIR instead of scoring")
+    group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs to DIR, also of --images")
     group = parser.add_argument_group("images")
     group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files and folders")
     group.add_argument("--long-side", type=number(int, 0), metavar="N", help="pixels; 0: as it is; None: as trained")
@@ -104,10 +106,14 @@ def parse_args() -> Namespace:
     group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; None: not on CPUs without bf16")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     args = parser.parse_args()
-    if bool(args.images) != bool(args.save or args.explain):
-        parser.error("--images: expected together with --save or --explain")
-    if args.images and (args.export or args.json):
-        parser.error("--images: shows images and scores no data set: leave out --export and --json")
+    if args.images and not (args.save or args.explain or args.export):
+        parser.error("--images: expected together with --save, --explain or --export")
+    if not args.images and (args.save or args.explain):
+        parser.error("--save, --explain: expected together with --images")
+    if args.save and args.save == args.export:
+        parser.error("--save, --export: expected two folders")
+    if args.images and args.json:
+        parser.error("--images: scores no data set: leave out --json")
     if args.long_side is not None and not args.images:
         parser.error("--long-side: expected together with --images")
     if args.export and args.json:

@@ -4,7 +4,7 @@ Notation: K classes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,27 +69,30 @@ def sample_predictions(forward: Forward, dataset: EvalDataset, count: int = 4) -
     return samples
 
 
-def export_split(
-    forward: Forward, root: Path, split: str, folder: Path, table: ClassTable, accelerator: Accelerator
-) -> None:
-    """Write the label ids of each image of a split to ``folder``.
+def export_targets(root: Path, split: str, folder: Path) -> dict[Path, Path]:
+    """Each image of a split -> the file in ``folder`` for its label ids.
 
-    Cityscapes' under the name of the image, as its test server takes them; of the plain layout with their folders.
+    Cityscapes' have the name of the image, as its test server takes them; those of the plain layout keep their folders.
 
     Raises:
         InputError: two images would have one file.
     """
     images, plain = find_images(root, split), image_folder(root).name == "images"
     inside = [path.relative_to(split_folder(root, split)).with_suffix(".png") for path in images]
-    targets = dict.fromkeys(folder / (path if plain else path.name) for path in inside)
-    if len(targets) < len(images):
+    targets = [folder / (path if plain else path.name) for path in inside]
+    if len(set(targets)) < len(images):
         raise InputError(
             f"--export: expected a name of its own for each image of {split}, found the same in two folders"
         )
-    label_ids = np.array(table.ids, np.uint8)  # (K,) train id -> label id
-    for path, target in rank_shard(list(zip(images, targets)), accelerator, "exporting"):
-        save_png(label_ids[predict_file(forward, path)[1]], target)
-    accelerator.print0(f"{len(images)} images of label ids in {folder}")
+    return dict(zip(images, targets))
+
+
+def export_ids(forward: Forward, targets: Mapping[Path, Path], table: ClassTable, accelerator: Accelerator) -> None:
+    """Write the label ids of each image, or the colors of its classes if one of them has no id."""
+    labels = table.palette if min(table.ids) < 0 else np.array(table.ids, np.uint8)  # by train id
+    for image, target in rank_shard(list(targets.items()), accelerator, "exporting"):
+        save_png(labels[predict_file(forward, image)[1]], target)
+    accelerator.print0(f"{len(targets)} images of label ids, the first is {next(iter(targets.values()))}")
 
 
 # ---- scores as numbers and as a table --------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def images(data, tmp_path):
 def test_images_of_any_size_are_colored_and_explained(main, trained, images, tmp_path):
     flags = ["--ckpt", trained / "best.pt", "--device", "cpu", "--images", *images]
     flags += ["--data-path", tmp_path / "missing"]  # names and colors are in the checkpoint
-    main("evaluate.py", *flags, "--save", tmp_path / "out")
+    main("evaluate.py", *flags, "--save", tmp_path / "out", "--export", tmp_path / "ids")
     labeled = images[2].stem
     names = ("gray", "odd", labeled)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -88,6 +88,8 @@ def test_images_of_any_size_are_colored_and_explained(main, trained, images, tmp
     classes = forward_image(model, to_tensor(image)[None], Accelerator("cpu"))[0][0].argmax(0)
     colors = np.asarray(Image.open(tmp_path / "out/odd.png"))
     assert np.mean(colors == CITYSCAPES.palette[classes]) > 0.999  # but for the last bit of a logit
+    ids = np.asarray(Image.open(tmp_path / "ids/odd.png"))
+    assert np.array_equal(CITYSCAPES.palette[CITYSCAPES.to_train_ids(ids)], colors)
     main("evaluate.py", *flags, "--images", *images[1:], "--explain", tmp_path / "steps")
     assert {path.name for path in (tmp_path / "steps").iterdir()} == {
         *(f"{name}_{step}.png" for name in ("gray", labeled) for step in STEPS),
@@ -125,7 +127,7 @@ def test_the_model_in_the_box_has_its_score(main, tmp_path):
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["scores", "export", "images"])
+@pytest.mark.parametrize("what", ["scores", "export", "images", "ids"])
 def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path, monkeypatch, what):
     calls, sizes = [], []
 
@@ -139,17 +141,17 @@ def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path
         return forward
 
     monkeypatch.setattr(evaluate, "make_forward", remember)
+    images = ["--images", *sorted(data.glob("leftImg8bit/val/*/*.png"))]
     where = {
         "scores": ["--data-path", data],
         "export": ["--data-path", data, "--export", tmp_path / "out"],
-        "images": ["--images", *sorted(data.glob("leftImg8bit/val/*/*.png")), "--save", tmp_path / "out"],
+        "images": [*images, "--save", tmp_path / "out"],
+        "ids": [*images, "--export", tmp_path / "out"],
     }[what]
     flags = "--device cpu --scales 0.5 1 --flip --slide 64 96 --amp"
     main("evaluate.py", "--ckpt", trained / "last.pt", *where, *flags.split())
-    assert (
-        calls == [(True, [0.5, 1.0], True, [64, 96], 256 if what == "images" else 0)]
-        and sizes == [(1, 3, 128, 256)] * 5
-    )
+    long_side = 256 if what in ("images", "ids") else 0
+    assert calls == [(True, [0.5, 1.0], True, [64, 96], long_side)] and sizes == [(1, 3, 128, 256)] * 5
 
 
 @pytest.mark.parametrize(

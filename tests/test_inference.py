@@ -7,11 +7,11 @@ from PIL import Image
 from torch import nn
 
 from ocrnet import InputError
-from ocrnet.data.classes import CITYSCAPES
-from ocrnet.data.datasets import EvalDataset, find_samples
+from ocrnet.data.classes import CITYSCAPES, ClassTable
+from ocrnet.data.datasets import EvalDataset, find_samples, read_label
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
-from ocrnet.evaluation import evaluate, export_split, sample_predictions
+from ocrnet.evaluation import evaluate, export_ids, export_targets, sample_predictions
 from ocrnet.inference import color_images, forward_image, list_images, make_forward, rank_shard, slide_inference
 
 
@@ -223,7 +223,7 @@ def test_samples_show_both_predictions(cpu, data):
 
 
 def test_export_writes_label_ids(cpu, data, tmp_path):
-    export_split(by_red, data, "val", tmp_path, CITYSCAPES, cpu)
+    export_ids(by_red, export_targets(data, "val", tmp_path), CITYSCAPES, cpu)
     images = [sample.image for sample in find_samples(data, "val")]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in images}
     train_ids = np.asarray(Image.open(images[0]))[..., 0] % 19
@@ -237,8 +237,15 @@ def test_images_of_one_name_in_two_cities_are_not_exported(cpu, data, tmp_path):
         target.parent.mkdir(parents=True)
         target.write_bytes(image.read_bytes())
     with pytest.raises(InputError, match="^--export: "):
-        export_split(by_red, tmp_path / "data", "val", tmp_path / "out", CITYSCAPES, cpu)
-    assert not (tmp_path / "out").exists()
+        export_targets(tmp_path / "data", "val", tmp_path / "out")
+
+
+def test_classes_without_ids_are_exported_as_colors(cpu, data, tmp_path):
+    table = ClassTable([label._replace(id=-1) for label in CITYSCAPES.labels])
+    targets = export_targets(data, "val", tmp_path)
+    export_ids(by_red, targets, table, cpu)
+    for image, target in targets.items():
+        assert np.array_equal(read_label(target, table), np.asarray(Image.open(image))[..., 0] % 19)
 
 
 def test_an_enlarged_photo_is_seen_at_the_size_of_training(cpu):

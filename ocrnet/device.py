@@ -144,9 +144,9 @@ class Accelerator:
         Constants get the layout that the CPU likes best, which makes hr18t in bf16 twice as fast as compiled without.
         """
         if frozen and self.device.type == "cpu":
-            import torch._inductor.config  # here, because it takes a second
+            from torch._inductor import config  # here, because it takes a second
 
-            torch._inductor.config.freezing = True
+            config.freezing = True
         return torch.compile(model, backend=self.spec.compiler)
 
     def graph(self, function: Callable) -> Callable:

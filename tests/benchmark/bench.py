@@ -10,9 +10,7 @@ Each implementation runs in a process of its own, and they take turns, so that o
 Times are medians of --repeat turns.
 
 A step begins with the uint8 batch: photometric distortion (which the peer has in its loader), normalization, forward,
-loss, backward, optimizer. GFLOP are those of our convolutions and matrix products, forward and backward, with two per
-multiply-add. "of best" is relative to a single 3x3 convolution of 256 channels in the better of two memory formats.
-Memory is the peak of the card, or of the process minus what it held before the model was built.
+loss, backward, optimizer. Memory is the peak of the card, or of the process (Linux) minus what it held before.
 
 Notation: B batch, H W the crop's size.
 """
@@ -23,18 +21,17 @@ import json
 import os
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -61,36 +58,25 @@ HAS_PEER = importlib.util.find_spec("mmseg") is not None
 
 def reset_peak() -> float:
     """Reset the peak of ``peak_memory``. Return the MiB that this process holds now."""
-    if not os.path.exists("/proc/self/clear_refs"):
-        return peak_memory()
     Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def peak_memory() -> float:
-    """Peak MiB of the card, or of this process: on Linux since ``reset_peak``, elsewhere since its start."""
+    """Peak MiB of the card, or of this process since ``reset_peak``."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
-    if os.path.exists("/proc/self/status"):
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
-class Clock:
-    """Seconds between its ticks. A tick waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.ticks = []
-        self.tick()
-
-    def tick(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.ticks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.ticks, self.ticks[1:])]
+def seconds_of(work: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """Mean seconds of a call. Nothing waits between the calls."""
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times
 
 
 class Ours:
@@ -98,9 +84,7 @@ class Ours:
         self.case = case
         amp = case["dtype"] != "fp32"
         self.accelerator = Accelerator(case["device"], amp, case["dtype"] if amp else None)
-        self.device = self.accelerator.device
-        layouts = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-        self.layout = layouts.get(case["layout"], self.accelerator.memory_format)
+        self.device, self.layout = self.accelerator.device, self.accelerator.memory_format
 
     def build(self) -> None:
         torch.manual_seed(0)
@@ -130,35 +114,30 @@ class Ours:
         loss.backward()
         return loss.detach()
 
-    def step(self) -> list[float]:
-        """Seconds of ten steps on a card, of one on a CPU; nothing waits in between."""
-        clock, steps = Clock(self.device), 10 if self.device.type == "cuda" else 1
-        for _ in range(steps):
-            self.compute_gradients(self.image, self.label, self.photometric)
-            self.optimizer.step()
-        clock.tick()
-        return [seconds / steps for seconds in clock.seconds()]
+    def train(self) -> None:
+        self.compute_gradients(self.image, self.label, self.photometric)
+        self.optimizer.step()
 
-    def evaluate(self) -> list[float]:
-        self.model.eval().to(memory_format=torch.channels_last)  # as evaluate.py does
-        clock = Clock(self.device)
+    def step(self) -> float:
+        return seconds_of(self.train, self.device, 10 if self.device.type == "cuda" else 1)
+
+    def score(self) -> None:
         confusion = ConfusionMatrix(19, self.device)
-        prediction = make_forward(self.model, self.accelerator)(self.image[:1].cpu())[0].max(dim=1).indices
-        confusion.update(self.label[:1], prediction)
-        clock.tick()
-        return clock.seconds()
+        confusion.update(self.label[:1], self.forward(self.image[:1].cpu())[0].max(dim=1).indices)
+
+    def evaluate(self) -> float:
+        self.model.eval().to(memory_format=torch.channels_last)  # as evaluate.py does
+        self.forward = make_forward(self.model, self.accelerator)
+        return seconds_of(self.score, self.device)
 
     def prepare_loader(self) -> None:
         samples = find_samples(Path(self.case["data"]), "train")
         self.dataset = TrainDataset(samples, CITYSCAPES, self.case["crop_size"], seed=0)
         self.index = 0
 
-    def load(self) -> list[float]:
-        clock = Clock(torch.device("cpu"))
-        self.dataset[divmod(self.index, len(self.dataset))]  # (epoch, index)
+    def load(self) -> float:
         self.index += 1
-        clock.tick()
-        return clock.seconds()
+        return seconds_of(lambda: self.dataset[divmod(self.index, len(self.dataset))], torch.device("cpu"))
 
 
 class Peer(Ours):
@@ -187,17 +166,17 @@ class Peer(Ours):
         return self.model.parse_losses(losses)[0]
 
     @torch.no_grad()
-    def evaluate(self) -> list[float]:
+    def score(self) -> None:
         from mmseg.evaluation import IoUMetric
 
-        self.model.eval()
-        clock = Clock(self.device)
         data = self.model.data_preprocessor(dict(inputs=[self.image[0]], data_samples=self.samples[:1]), False)
         with self.accelerator.autocast():
             prediction = self.model(**data, mode="predict")[0].pred_sem_seg.data[0]
         IoUMetric.intersect_and_union(prediction, self.label[0], 19, 255)
-        clock.tick()
-        return clock.seconds()
+
+    def evaluate(self) -> float:
+        self.model.eval()
+        return seconds_of(self.score, self.device)
 
     def prepare_loader(self) -> None:
         import cv2
@@ -208,14 +187,12 @@ class Peer(Ours):
         self.pipeline = Compose([step for step in self.config.train_pipeline if step.type != "PackSegInputs"])
         self.index = 0
 
-    def load(self) -> list[float]:
+    def load(self) -> float:
         sample = self.dataset[self.index % len(self.dataset)]
         self.index += 1
-        clock = Clock(torch.device("cpu"))
         paths = dict(img_path=str(sample.image), seg_map_path=str(sample.label))
-        self.pipeline(dict(**paths, seg_fields=[], label_map=None, reduce_zero_label=False))
-        clock.tick()
-        return clock.seconds()
+        item = dict(**paths, seg_fields=[], label_map=None, reduce_zero_label=False)
+        return seconds_of(lambda: self.pipeline(item), torch.device("cpu"))
 
 
 def serve(who: str, case: dict) -> None:
@@ -258,50 +235,22 @@ def take_turns(case: dict, who: list[str], prepare: str, method: str, repeat: in
     """Call a method of each process in turn, ``warm + repeat`` times.
 
     Returns:
-        For each process the medians of its parts over the last ``repeat`` turns, in seconds, and its memory in MiB.
+        For each process the median of the last ``repeat`` turns in seconds, and its memory in MiB.
     """
     processes = {name: Process(name, case) for name in who}
     seconds = {name: [] for name in who}
     for process in processes.values():
         process(prepare)
-    for turn in range(warm + repeat):
+    for _ in range(warm + repeat):
         for name, process in processes.items():
-            parts = process(method)
-            if turn >= warm:
-                seconds[name].append(parts)
+            seconds[name].append(process(method))
     memory = {name: process("memory") for name, process in processes.items()}
     for process in processes.values():
         process.close()
-    return {name: ([statistics.median(part) for part in zip(*seconds[name])], memory[name]) for name in who}
+    return {name: (statistics.median(seconds[name][warm:]), memory[name]) for name in who}
 
 
-# ---- the machine -----------------------------------------------------------------------------------------------------
-
-
-def best_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s of a 3x3 convolution of 256 channels, forward, in the better of two memory formats."""
-    rates = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(1, 256, 128, 256, device=device, dtype=dtype).contiguous(memory_format=layout)
-        conv = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(device, dtype, memory_format=layout)
-        with torch.no_grad():
-            conv(x)
-            for _ in range(5):
-                clock = Clock(device)
-                conv(x)
-                clock.tick()
-                rates.append(2 * 256 * 256 * 9 * 128 * 256 / clock.seconds()[0] / 1e9)
-    return max(rates)
-
-
-def gflop(case: dict) -> float:
-    """GFLOP of the convolutions and matrix products of a step, forward and backward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        sum(x.sum() for x in build_model(case["model"])(torch.randn(1, 3, 128, 256))).backward()
-    area = case["batch"] * case["crop_size"][0] * case["crop_size"][1]  # all but the 19 regions is proportional to it
-    return counter.get_total_flops() / 1e9 * area / (128 * 256)
+# ---- the tables ------------------------------------------------------------------------------------------------------
 
 
 def write_images(root: Path, splits: dict[str, int]) -> None:
@@ -319,62 +268,37 @@ def write_images(root: Path, splits: dict[str, int]) -> None:
             label.save(labels / f"bench_{i:06d}_000000_gtFine_labelIds.png")
 
 
-# ---- the tables ------------------------------------------------------------------------------------------------------
-
-
-def speedup(theirs: float, ours: float) -> str:
-    return f"{theirs / ours:.2f}x"
+def compare(head: str, results: dict, images: int = 1) -> None:
+    """A line for each process: time, speed and memory, and how ours compare with them."""
+    ours, our_memory = results["ours"]
+    for name, (seconds, memory) in results.items():
+        speed = f"{1000 * seconds:8.1f} ms {images / seconds:7.2f} images/s {memory:6.0f} MiB"
+        print(f"{head:40}{name:8}{speed}; ours {seconds / ours:.2f}x as fast, {our_memory / memory:.2f} of the memory")
 
 
 def bench_step(args: argparse.Namespace, who: list[str]) -> None:
-    print("\ntraining step")
     for dtype in args.dtype:
-        best = best_rate(DTYPES[dtype], torch.device(args.device))
-        print(f"best convolution in {dtype}: {best:,.0f} GFLOP/s")
         for batch in args.batch_size:
-            case = case_of(args, dtype, batch)
-            work = gflop(case)
-            results = take_turns(case, who, "build", "step", args.repeat, warm=3)
-            head = f"{args.model} {batch} x {args.crop_size[0]}x{args.crop_size[1]} {dtype}"
-            for name, (parts, memory) in results.items():
-                total = sum(parts)
-                print(
-                    f"{head}  {name}: {1000 * total:7.1f} ms  {batch / total:6.2f} images/s"
-                    f"  {work / total:6.0f} GFLOP/s  {work / total / best:4.0%} of best  {memory:6.0f} MiB"
-                )
-            ours, our_memory = results["ours"]
-            for name in who[1:]:
-                theirs, memory = results[name]
-                ratio = speedup(sum(theirs), sum(ours))
-                print(f"{head}  {ratio} as fast as {name}, {our_memory / memory:.2f} of the memory")
+            results = take_turns(case_of(args, dtype, batch), who, "build", "step", args.repeat, warm=3)
+            compare(f"step, {batch} x {args.crop_size[0]}x{args.crop_size[1]}, {dtype}", results, batch)
 
 
 def bench_loader(args: argparse.Namespace, who: list[str]) -> None:
-    print("\nloader: a random 512x1024 crop of a 2048x1024 PNG, one thread")
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), {"train": 4})
-        size = np.mean([path.stat().st_size for path in Path(folder).rglob("*_leftImg8bit.png")]) / 1e6
-        print(f"PNGs of {size:.1f} MB")
         case = case_of(args, "fp32", 1) | {"crop_size": [512, 1024], "threads": 1, "data": folder}
         results = take_turns(case, who, "prepare_loader", "load", 20 * args.repeat, warm=4)
-        for name, ((seconds,), _) in results.items():
-            ratio = speedup(seconds, results["ours"][0][0])
-            print(f"{name}: {1000 * seconds:6.1f} ms, {1 / seconds:5.1f} images/s per core; ours {ratio} as fast")
+        compare("a 512x1024 crop of a 2048x1024 PNG", results)
 
 
 def bench_evaluation(args: argparse.Namespace, who: list[str]) -> None:
-    print("\nevaluation: whole 1024x2048 images, with argmax and confusion matrix")
     for dtype in args.dtype:
         case = case_of(args, dtype, 1) | {"crop_size": [1024, 2048]}
-        results = take_turns(case, who, "build", "evaluate", args.repeat)
-        for name, ((seconds,), memory) in results.items():
-            print(f"{args.model} {dtype}  {name}: {seconds:6.2f} s, {1 / seconds:5.2f} images/s, {memory:6.0f} MiB")
-        for name in who[1:]:
-            print(f"{args.model} {dtype}  {speedup(results[name][0][0], results['ours'][0][0])} as fast as {name}")
+        compare(f"evaluation, 1024x2048, {dtype}", take_turns(case, who, "build", "evaluate", args.repeat))
 
 
 def case_of(args: argparse.Namespace, dtype: str, batch: int) -> dict:
-    names = ("model", "crop_size", "device", "layout", "compile", "threads", "against")
+    names = ("model", "crop_size", "device", "compile", "threads", "against")
     return {name: getattr(args, name) for name in names} | {"dtype": dtype, "batch": batch}
 
 
@@ -387,7 +311,6 @@ def main() -> None:
     parser.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), **show)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], **show)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], **show)
-    parser.add_argument("--layout", choices=["channels_last", "contiguous"], help="default: as in train.py")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", **show)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), **show)

@@ -239,12 +239,9 @@ def send_to_family(root: int, number: signal.Signals) -> None:
 # ---- runs of train.py ------------------------------------------------------------------------------------------------
 
 RUN = [
-    "--model", "hr18s", "--crop-size", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu",
+    "--model", "tiny", "--crop-size", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu",
 ]  # fmt: skip
-TINY_RUN = [*RUN, "--model", "tiny"]
-EIGHT_ITERATIONS = [
-    *TINY_RUN, "--max-iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2,
-]  # fmt: skip
+EIGHT_ITERATIONS = [*RUN, "--max-iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2]
 
 
 @pytest.fixture(scope="session")

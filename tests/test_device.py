@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT
+from torch._inductor import config
 
 from ocrnet import InputError, device
 from ocrnet.device import DEVICES, Accelerator
@@ -57,8 +58,17 @@ def test_sdaa_compiles_with_its_own_backend(sdaa, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, backend: compiled.append((model, backend)))
     accelerator, model = Accelerator("sdaa"), torch.nn.ReLU()
-    accelerator.compile(model)
-    assert compiled == [(model, "teco_inductor")]
+    accelerator.compile(model, frozen=True)
+    assert compiled == [(model, "teco_inductor")] and not config.freezing
+
+
+def test_weights_are_constants_only_where_a_cpu_evaluates(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, backend: backend)
+    monkeypatch.setattr(config, "freezing", False)
+    accelerator = Accelerator("cpu")
+    assert accelerator.compile(torch.nn.ReLU()) == "inductor" and not config.freezing
+    accelerator.compile(torch.nn.ReLU(), frozen=True)
+    assert config.freezing
 
 
 def test_sdaa_is_preferred_where_it_is_available(sdaa):
@@ -115,19 +125,16 @@ def test_memory_format_is_the_faster_one_of_the_cpu(monkeypatch, capability, cha
     assert (Accelerator("cpu").memory_format == torch.channels_last) == channels_last
 
 
-def test_freed_memory_is_kept_by_glibc_unless_the_user_has_set_its_variables():
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("glibc only")
-    code = (
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_is_kept_by_glibc_unless_the_user_has_set_its_variables(script, tmp_path, monkeypatch):
+    (tmp_path / "pages.py").write_text(
         "import resource, torch; from ocrnet.device import Accelerator; Accelerator('cpu'); torch.ones(10**7)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; torch.ones(8 * 10**6)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"  # pages that the system cleared
     )
-    pages = {}
-    for name in ("", "MALLOC_TRIM_THRESHOLD_"):
-        command = dict(env={**os.environ, "PYTHONPATH": str(ROOT), name or "NOTHING": "131072"}, check=True)
-        pages[name] = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, **command).stdout)
-    assert pages[""] < 1000 < pages["MALLOC_TRIM_THRESHOLD_"]  # 3.2e7 bytes are 7,812 pages
+    kept = int(script(tmp_path / "pages.py").stdout)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert kept < 1000 < int(script(tmp_path / "pages.py").stdout)  # 3.2e7 bytes are 7,812 pages
 
 
 def test_cpu_of_the_tests_runs_in_fp32():

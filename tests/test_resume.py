@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EIGHT_ITERATIONS, TINY_RUN, entries, free_port, processes_of, same_run, until
+from conftest import EIGHT_ITERATIONS, RUN, entries, free_port, processes_of, same_run, until
 
 import train
 from ocrnet import InputError
@@ -48,7 +48,7 @@ def test_a_run_killed_and_stopped_at_random_moments_ends_as_an_undisturbed_one(s
     for number in (signal.SIGKILL, signal.SIGTERM):
         running = script("train.py", *flags, processes=2, wait=False)
         until(lambda running=running: is_training(tmp_path / "run") or not running.is_alive())
-        time.sleep(rng.uniform(0, 3))
+        time.sleep(rng.uniform(0, 2))
         running.send(number)
         running.wait()
     script("train.py", *flags, processes=2)
@@ -57,7 +57,7 @@ def test_a_run_killed_and_stopped_at_random_moments_ends_as_an_undisturbed_one(s
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_all_processes_saves_and_leaves(script, data, tmp_path, number):
-    flags = [*TINY_RUN, "--max-iters", 1000, "--data-path", data, "--output-dir", tmp_path / "run"]
+    flags = [*RUN, "--max-iters", 1000, "--data-path", data, "--output-dir", tmp_path / "run"]
     running = script("train.py", *flags, wait=False)
     until(lambda: is_training(tmp_path / "run"))
     running.send(number)  # also to the loader worker
@@ -68,7 +68,7 @@ def test_a_signal_to_all_processes_saves_and_leaves(script, data, tmp_path, numb
 
 
 def test_a_killed_data_loader_worker_ends_the_run_of_all_ranks_with_its_state_saved(script, data, tmp_path):
-    flags = [*TINY_RUN, "--max-iters", 1000, "--data-path", data, "--output-dir", tmp_path / "run"]
+    flags = [*RUN, "--max-iters", 1000, "--data-path", data, "--output-dir", tmp_path / "run"]
     running = script("train.py", *flags, processes=2, wait=False)
     until(lambda: is_training(tmp_path / "run"))
     victim = running.processes[1].pid
@@ -80,7 +80,7 @@ def test_a_killed_data_loader_worker_ends_the_run_of_all_ranks_with_its_state_sa
 
 
 def test_processes_whose_torchrun_is_killed_save_and_leave(torchrun, data, tmp_path):
-    flags = [*TINY_RUN, "--workers", 0, "--max-iters", 10**6, "--data-path", data, "--output-dir", tmp_path / "run"]
+    flags = [*RUN, "--workers", 0, "--max-iters", 10**6, "--data-path", data, "--output-dir", tmp_path / "run"]
     launcher = torchrun("train.py", *flags, launcher=["--nproc_per_node=2", "--master-port", str(free_port())])
     until(lambda: is_training(tmp_path / "run"))
     ranks = [pid for pid, _, _ in processes_of(launcher.pid) if pid != launcher.pid]
@@ -182,10 +182,10 @@ def test_a_resumed_run_takes_the_weight_decay_of_its_flags(main, trained, data, 
 def test_a_folder_with_a_part_of_a_run_is_not_written_to(main, data, trained, tmp_path, name):
     shutil.copy(trained / name, tmp_path)
     with pytest.raises(InputError, match=f"^--output-dir {tmp_path}: "):
-        main("train.py", *TINY_RUN, "--data-path", data, "--output-dir", tmp_path)
+        main("train.py", *RUN, "--data-path", data, "--output-dir", tmp_path)
     if name == "best.pt":  # resuming would start again, and overwrite it
         with pytest.raises(InputError, match="^--resume: "):
-            main("train.py", *TINY_RUN, "--data-path", data, "--output-dir", tmp_path, "--resume")
+            main("train.py", *RUN, "--data-path", data, "--output-dir", tmp_path, "--resume")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

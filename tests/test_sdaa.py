@@ -6,12 +6,12 @@ import signal
 
 import pytest
 import torch
-from conftest import TINY_RUN, entries, same_run, until
+from conftest import RUN, entries, same_run, until
 
 from ocrnet.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch_sdaa") is None, reason="needs torch_sdaa")
-SDAA = [*TINY_RUN, "--batch-size", 1, "--device", "sdaa", "--max-iters", 4, "--val-every", 4, "--save-every", 2]
+SDAA = [*RUN, "--batch-size", 1, "--device", "sdaa", "--max-iters", 4, "--val-every", 4, "--save-every", 2]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, entries, error_of
+from conftest import RUN, entries, error_of
 from PIL import Image
 
 import train
@@ -80,13 +80,13 @@ def test_the_best_checkpoint_is_that_of_the_highest_miou(trained):
 def test_a_run_is_not_overwritten_and_no_data_is_read_before(main, trained, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
     with pytest.raises(InputError, match=f"^--output-dir {trained}: "):
-        main("train.py", *TINY_RUN, "--data-path", tmp_path / "missing", "--output-dir", trained)
+        main("train.py", *RUN, "--data-path", tmp_path / "missing", "--output-dir", trained)
     assert before == {path: path.stat().st_mtime_ns for path in trained.iterdir()}
 
 
 def test_a_run_prints_its_sizes_and_notes_what_is_unusual(main, data, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "catch_stop_signals", raise_reached)
-    flags = [*TINY_RUN, "--workers", 0, "--max-iters", 700, "--data-path", data, "--output-dir", tmp_path / "run"]
+    flags = [*RUN, "--workers", 0, "--max-iters", 700, "--data-path", data, "--output-dir", tmp_path / "run"]
 
     def printed(*more):
         with pytest.raises(ReachedError):
@@ -127,7 +127,7 @@ def test_flags_of_the_recipe_reach_the_run(main, data, tmp_path, monkeypatch):
         "--scale-range 0.75 1.5 --no-color-jitter --class-weights auto --seed 3"
     )
     with pytest.raises(ReachedError):  # with the first validation, after the checkpoint
-        main("train.py", *TINY_RUN, *flags.split(), "--data-path", data, "--output-dir", tmp_path)
+        main("train.py", *RUN, *flags.split(), "--data-path", data, "--output-dir", tmp_path)
 
     [(_, data_set)] = data_sets
     assert list(data_set.crop_size) == [64, 32] and list(data_set.scale_range) == [0.75, 1.5]
@@ -157,7 +157,7 @@ def test_mixed_precision_reaches_the_model(main, data, tmp_path, monkeypatch, na
     monkeypatch.setattr(train, "ocr_loss", stop)
     flags = ["--amp", "--amp-dtype", name, "--batch-size", 1, "--crop-size", 64, 32, "--workers", 0]
     with pytest.raises(ReachedError):
-        main("train.py", *TINY_RUN, *flags, "--data-path", data, "--output-dir", tmp_path)
+        main("train.py", *RUN, *flags, "--data-path", data, "--output-dir", tmp_path)
 
 
 def test_defaults_are_those_of_the_recipe(monkeypatch):
@@ -171,7 +171,7 @@ def test_defaults_are_those_of_the_recipe(monkeypatch):
 
 def test_training_starts_from_the_weights_and_ends_with_the_score_and_the_files(main, data, trained, tmp_path, capsys):
     flags = ["--weights", trained / "last.pt", "--workers", 0, "--max-iters", 1, "--lr", 0]
-    main("train.py", *TINY_RUN, *flags, "--data-path", data, "--output-dir", tmp_path)
+    main("train.py", *RUN, *flags, "--data-path", data, "--output-dir", tmp_path)
     first, last = (load_checkpoint(folder / "last.pt") for folder in (trained, tmp_path))
     assert last["iter"] == 1
     for name, _ in build_model("tiny").named_parameters():
@@ -232,7 +232,7 @@ def test_flags_out_of_range_are_refused_by_name(main, flags, capsys):
 
 def test_training_without_data_is_an_error_of_every_rank(script, tmp_path):
     flags = ["--data-path", tmp_path, "--output-dir", tmp_path / "run"]
-    done = script("train.py", *TINY_RUN, *flags, processes=2, ok=False)
+    done = script("train.py", *RUN, *flags, processes=2, ok=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and all(f"{tmp_path}/leftImg8bit/train: " in line for line in errors)
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
@@ -248,7 +248,7 @@ def test_a_bad_file_met_by_a_loader_worker_is_one_line(script, data, tmp_path, w
     else:
         Image.fromarray(np.full((128, 256), 40, np.uint8)).save(victim)
     flags = ["--max-iters", 9, "--data-path", tmp_path / "data", "--output-dir", tmp_path / "run"]
-    assert error_of(script("train.py", *TINY_RUN, *flags, ok=False)).startswith(f"error: {victim}: ")
+    assert error_of(script("train.py", *RUN, *flags, ok=False)).startswith(f"error: {victim}: ")
 
 
 @pytest.mark.parametrize("flag", ["--weights", "--resume"])
@@ -257,7 +257,7 @@ def test_training_does_not_start_from_a_file_that_is_no_checkpoint(main, data, t
     file.write_text("not a checkpoint")
     start = [flag, file, "--output-dir", tmp_path / "run"] if flag == "--weights" else [flag, "--output-dir", tmp_path]
     with pytest.raises(InputError, match=f"^{file}: "):
-        main("train.py", *TINY_RUN, "--max-iters", 3, "--data-path", data, *start)
+        main("train.py", *RUN, "--max-iters", 3, "--data-path", data, *start)
     assert file.read_text() == "not a checkpoint" and not (tmp_path / "run").exists()
 
 
@@ -266,7 +266,7 @@ def test_flipped_bits_of_a_checkpoint_are_found(main, trained, data, tmp_path):
     content[len(content) // 2] ^= 1  # in a tensor
     (tmp_path / "last.pt").write_bytes(content)
     with pytest.raises(InputError, match=f"^{tmp_path / 'last.pt'}: .*damaged"):
-        main("train.py", *TINY_RUN, "--resume", "--output-dir", tmp_path, "--data-path", data)
+        main("train.py", *RUN, "--resume", "--output-dir", tmp_path, "--data-path", data)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
@@ -289,13 +289,13 @@ def test_a_model_without_a_run_is_not_resumed(main, data, tmp_path):
     model = build_model("tiny")
     save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), "config": model.config})
     with pytest.raises(InputError, match=f"^{tmp_path / 'last.pt'}: "):
-        main("train.py", *TINY_RUN, "--resume", "--output-dir", tmp_path, "--data-path", data)
+        main("train.py", *RUN, "--resume", "--output-dir", tmp_path, "--data-path", data)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(main, data, tmp_path):
     flags = ["--lr", 1e30, "--max-iters", 5, "--workers", 0, "--data-path", data, "--output-dir", tmp_path]
     with pytest.raises(InputError, match="^--lr 1e"):
-        main("train.py", *TINY_RUN, *flags)
+        main("train.py", *RUN, *flags)
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -313,7 +313,7 @@ def resident(pid):
 
 
 def measure(lr, t, *rest):
-    if t % 60 == 0:
+    if t % 30 == 0:
         workers = [pid for task in os.listdir("/proc/self/task")
                    for pid in open(f"/proc/self/task/{task}/children").read().split()]
         measured.append([resident("self"), sum(map(resident, workers)), len(os.listdir("/proc/self/fd"))])
@@ -329,23 +329,11 @@ json.dump(measured, open(samples, "w"))
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
 def test_memory_and_open_files_do_not_grow(script, data, tmp_path):
-    flags = [
-        *TINY_RUN,
-        "--crop-size",
-        32,
-        32,
-        "--max-iters",
-        121,
-        "--val-every",
-        40,
-        "--save-every",
-        20,
-        "--log-every",
-        50,
-    ]
+    intervals = ["--val-every", 20, "--save-every", 10, "--log-every", 25]
+    flags = [*RUN, "--crop-size", 32, 32, "--max-iters", 61, *intervals]
     (tmp_path / "long.py").write_text(LONG)
     paths = ["--data-path", data, "--output-dir", tmp_path / "run"]
     script(tmp_path / "long.py", tmp_path / "samples", *flags, *paths)
-    _, first, last = json.loads((tmp_path / "samples").read_text())  # after 0, 60 and 120 iterations
+    _, first, last = json.loads((tmp_path / "samples").read_text())  # after 0, 30 and 60 iterations
     assert last[0] - first[0] < 12 and last[1] - first[1] < 6, "MiB of the process, and of its loader worker"
     assert last[2] <= first[2], "open files"

@@ -37,11 +37,10 @@ from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset, cou
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
-from ocrnet.evaluation import evaluate, sample_predictions, without_nan
-from ocrnet.inference import Forward, make_forward
-from ocrnet.logs import read_log, trim_log
+from ocrnet.evaluation import evaluate, without_nan
+from ocrnet.inference import make_forward
+from ocrnet.logs import trim_log
 from ocrnet.losses import ocr_loss, poly_lr
-from ocrnet.metrics import ConfusionMatrix
 from ocrnet.models import BACKBONES, HEADS, build_model, load_weights
 from ocrnet.script import catch_stop_signals, fitting_workers, init_worker, make_parser, number, run_script
 
@@ -230,8 +229,10 @@ def main() -> None:
     if stopped:
         print0(f"stopped after iteration {iteration}: continue with --resume")
     elif is_main:
+        from ocrnet.plots import draw_run  # only here: matplotlib is slow to import
+
         net.eval()
-        draw_figures(args.output_dir, forward, val_set, confusion)
+        draw_run(args.output_dir, forward, val_set, confusion)
         files = ", ".join(sorted(path.name for path in args.output_dir.iterdir()))
         print0(f"best mIoU {best:.2%}; wrote {args.output_dir}/: {files}")
     accelerator.close()
@@ -264,17 +265,6 @@ def describe(
         print0(f"NOTE: {torch.get_num_threads()} of {cores} cores compute: set OMP_NUM_THREADS")
     if not (args.weights or args.demo or iteration):
         print0("WARNING: training from RANDOM weights; published scores start from ImageNet: --weights imagenet")
-
-
-def draw_figures(folder: Path, forward: Forward, val_set: EvalDataset, confusion: ConfusionMatrix | None) -> None:
-    """curve.png, samples.png and, if this process has validated, scores.png."""
-    from ocrnet.plots import plot_curves, save_samples, save_scores  # only here: matplotlib is slow to import
-
-    plot_curves([read_log(folder)], folder / "curve.png")
-    samples = sample_predictions(forward, val_set)
-    save_samples(folder / "samples.png", samples, val_set.table)
-    if confusion:
-        save_scores(folder / "scores.png", confusion, val_set.table, "last.pt")
 
 
 # fmt: off

@@ -50,16 +50,6 @@ def make_forward(
         slide: (h, w) of a sliding window. None for the whole image.
         long_side: pixels; images are resized so that their longer side has as many, and outputs back. 0: not resized.
     """
-    if long_side:
-        forward_resized = make_forward(model, accelerator, scales, flip, slide)
-
-        def forward_at_size(image: Tensor) -> tuple[Tensor, ...]:
-            size, align_corners = image.shape[-2:], model.align_corners
-            scaled = F.interpolate(image.float(), scaled_size(size, long_side), mode="bilinear", antialias=True)
-            outputs = forward_resized(scaled)
-            return tuple(F.interpolate(x.float(), size, mode="bilinear", align_corners=align_corners) for x in outputs)
-
-        return forward_at_size
 
     @accelerator.graph
     def network(x: Tensor) -> tuple[Tensor, ...]:
@@ -68,10 +58,14 @@ def make_forward(
 
     @torch.inference_mode()
     def forward(image: Tensor) -> tuple[Tensor, ...]:
-        size, total = image.shape[-2:], 0
-        image = preprocess(image.to(accelerator.device))
+        own_size = image.shape[-2:]
+        image = image.to(accelerator.device)
+        if long_side:
+            image = F.interpolate(image.float(), scaled_size(own_size, long_side), mode="bilinear", antialias=True)
+        size, image, total = image.shape[-2:], preprocess(image), 0
         if list(scales) == [1] and not flip and not slide:
-            return network(image.contiguous(memory_format=torch.channels_last))
+            outputs = network(image.contiguous(memory_format=torch.channels_last))
+            return tuple(resize(logits, own_size) for logits in outputs) if long_side else outputs
         for scale in scales:
             new_size = [int(side * scale + 0.5) for side in size]
             scaled = F.interpolate(image, size=new_size, mode="bilinear", align_corners=False)
@@ -79,10 +73,13 @@ def make_forward(
                 x = scaled.flip(3) if flipped else scaled
                 x = x.contiguous(memory_format=torch.channels_last)
                 logits = slide_inference(network, x, slide) if slide else network(x)[0]
-                logits = logits.float().flip(3) if flipped else logits.float()
-                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=model.align_corners)
-                total = total + logits.softmax(dim=1)
-        return (total / (len(scales) * (2 if flip else 1)),)
+                total = total + resize(logits.flip(3) if flipped else logits, size).softmax(dim=1)
+        mean = total / (len(scales) * (2 if flip else 1))
+        return (resize(mean, own_size) if long_side else mean,)
+
+    def resize(logits: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, K, h, w) -> (B, K, H, W), float32."""
+        return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=model.align_corners)
 
     return forward
 

@@ -10,7 +10,10 @@ import matplotlib
 import numpy as np
 
 from .data.classes import IGNORE_INDEX, ClassTable
-from .logs import Log, smooth, smoothing_window
+from .data.datasets import EvalDataset
+from .evaluation import sample_predictions
+from .inference import Forward
+from .logs import Log, read_log, smooth, smoothing_window
 from .metrics import ConfusionMatrix
 from .script import SOFTWARE, check_output
 
@@ -91,6 +94,14 @@ def draw_matrix(
 
 
 # ---- figures of a run ------------------------------------------------------------------------------------------------
+
+
+def draw_run(folder: Path, forward: Forward, dataset: EvalDataset, confusion: ConfusionMatrix | None) -> None:
+    """curve.png and samples.png of a run and, if there is a confusion matrix, scores.png, in its folder."""
+    plot_curves([read_log(folder)], folder / "curve.png")
+    save_samples(folder / "samples.png", sample_predictions(forward, dataset), dataset.table)
+    if confusion:
+        save_scores(folder / "scores.png", confusion, dataset.table, "last.pt")
 
 
 def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: ClassTable) -> None:

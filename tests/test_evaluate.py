@@ -12,8 +12,7 @@ from conftest import ROOT, RUN, entries, error_of
 from PIL import Image
 
 import evaluate
-import train
-from ocrnet import InputError
+from ocrnet import InputError, plots
 from ocrnet.checkpoint import load_model
 from ocrnet.data.classes import CITYSCAPES, read_classes
 from ocrnet.data.datasets import find_samples, read_image, read_label, to_tensor
@@ -201,7 +200,7 @@ def categories(main, data, tmp_path_factory):
     shutil.copy(ROOT / "tests/exercises/classes.json", root)
     flags = [*RUN, "--workers", 0, "--max-iters", 1, "--head", "fcn"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_figures", lambda *args: None)
+        patch.setattr(plots, "draw_run", lambda *args: None)
         main("train.py", *flags, "--data-path", root, "--output-dir", root / "run")
     return root
 

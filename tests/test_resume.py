@@ -12,8 +12,7 @@ import pytest
 import torch
 from conftest import EIGHT_ITERATIONS, RUN, entries, free_port, processes_of, same_run, until
 
-import train
-from ocrnet import InputError
+from ocrnet import InputError, plots
 from ocrnet.checkpoint import MUST_MATCH, check_resumable, load_checkpoint, save_checkpoint
 
 TWO_AS_ONE = ["--workers", 0, "--accum-steps", 2]  # one process with the global batch of two
@@ -22,7 +21,7 @@ TWO_AS_ONE = ["--workers", 0, "--accum-steps", 2]  # one process with the global
 @pytest.fixture
 def no_figures(monkeypatch):
     """Skips the figures at the end of a run, which take seconds."""
-    monkeypatch.setattr(train, "draw_figures", lambda *args: None)
+    monkeypatch.setattr(plots, "draw_run", lambda *args: None)
 
 
 def is_training(folder):

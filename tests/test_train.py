@@ -305,6 +305,7 @@ LONG = """
 import json, os, sys
 samples = sys.argv.pop(1)
 import train
+from ocrnet import plots
 poly_lr, measured = train.poly_lr, []
 
 
@@ -321,7 +322,7 @@ def measure(lr, t, *rest):
 
 
 train.poly_lr = measure
-train.draw_figures = lambda *args: None
+plots.draw_run = lambda *args: None
 train.main()
 json.dump(measured, open(samples, "w"))
 """

@@ -166,7 +166,7 @@ def main() -> None:
         pin_memory=device.type != "cpu", worker_init_fn=init_worker,
     ))  # fmt: skip
     batch = next(batches)
-    signals, failure, stopped, confusion = catch_stop_signals(), None, False, None
+    signals, failure, stopped, confusion, next_batch = catch_stop_signals(), None, False, None, None
     bar = tqdm(total=args.max_iters, initial=iteration, unit="it", smoothing=0.05, disable=None if is_main else True)
     losses, steps, waited, since = torch.zeros(3, device=device), 0, 0.0, time.perf_counter()
     while not stopped:
@@ -179,8 +179,8 @@ def main() -> None:
             if miou > best:
                 best = miou
                 save("best.pt")
-            scores = {"mIoU": None if math.isnan(miou) else miou, "loss": loss}
-            log({"split": "val", "iter": iteration, **scores, "IoU": without_nan(table.names, confusion.iou())})
+            iou = without_nan(table.names, confusion.iou())
+            log({"split": "val", "iter": iteration, "mIoU": miou, "loss": loss, "IoU": iou})
             save("last.pt")
             print0(
                 f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}, loss {loss:.4f}"
@@ -295,7 +295,7 @@ def parse_args() -> Namespace:
     group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; None: not on CPUs without bf16")
     group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="None: fp16; bf16 on CPUs and newer CUDA cards")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--workers", type=number(int, 0), default=4, metavar="N", help="data loader workers per process")
+    group.add_argument("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), metavar="N", help="data loader workers per process")
     group = parser.add_argument_group("intervals, in iterations")
     group.add_argument("--val-every", type=count, default=4000, metavar="N", help="validation")
     group.add_argument("--save-every", type=count, default=4000, metavar="N", help="last.pt")

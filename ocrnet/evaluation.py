@@ -37,6 +37,9 @@ def evaluate(
 
     Args:
         criterion: (outputs (1, K, H, W) each, label int64 (1, H, W)) -> a scalar. Without it the mean is 0.
+
+    Raises:
+        InputError: no pixel is labeled.
     """
     # SDAA may have no exact int64 sums
     counting_device = torch.device("cpu") if accelerator.device.type == "sdaa" else accelerator.device
@@ -52,6 +55,11 @@ def evaluate(
         if criterion:
             losses.append(criterion(outputs, label.to(accelerator.device).long()).cpu())
     confusion.counts = accelerator.sum_exact(confusion.counts)
+    if not confusion.counts.any():
+        first = dataset.samples[0].label
+        raise InputError(
+            f"{first} and the others: expected labeled pixels, found none; evaluate.py --export needs none"
+        )
     total = torch.stack(losses).double().sum()[None]
     return confusion, accelerator.sum_exact(total).item() / len(dataset)
 

@@ -1,5 +1,6 @@
 """train.py: what a run writes, what its flags change, and how it ends on errors. For resuming see test_resume.py."""
 
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import train
 from ocrnet import InputError
 from ocrnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from ocrnet.data.classes import CITYSCAPES, balanced_weights
-from ocrnet.data.datasets import EvalDataset, find_samples, read_label
+from ocrnet.data.datasets import EvalDataset, InfiniteSampler, find_samples, read_label
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.device import Accelerator
 from ocrnet.inference import forward_image
@@ -238,10 +239,11 @@ def test_training_without_data_is_an_error_of_every_rank(script, tmp_path):
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("what", ["a truncated image", "an unknown label value"])
-def test_a_bad_file_met_by_a_loader_worker_is_one_line(script, data, tmp_path, what):
+@pytest.mark.parametrize("place, what", [(0, "a truncated image"), (2, "an unknown label value")])
+def test_a_bad_file_in_the_first_or_second_batch_is_one_line(script, data, tmp_path, place, what):
     shutil.copytree(data, tmp_path / "data")
-    sample = find_samples(tmp_path / "data", "train")[0]
+    index = list(itertools.islice(InfiniteSampler(6, seed=0), 3))[place][1]
+    sample = find_samples(tmp_path / "data", "train")[index]
     victim = sample.image if "image" in what else sample.label
     if "image" in what:
         victim.write_bytes(victim.read_bytes()[:3000])

@@ -271,6 +271,7 @@ def describe(
 def parse_args() -> Namespace:
     parser, count, rate = make_parser(__doc__), number(int, 1), number(float, 0)
     size, scale, seed = number(int, 32), number(float, 0.01), number(int, 0, 2**63 - 1)
+    workers = min(4, os.cpu_count() or 1)
     group = parser.add_argument_group("model and data")
     group.add_argument("--demo", action="store_true", help="generated data and short settings, which flags override")
     group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
@@ -295,7 +296,7 @@ def parse_args() -> Namespace:
     group.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision; None: not on CPUs without bf16")
     group.add_argument("--amp-dtype", choices=AMP_DTYPES, help="None: fp16; bf16 on CPUs and newer CUDA cards")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--workers", type=number(int, 0), default=min(4, os.cpu_count() or 1), metavar="N", help="data loader workers per process")
+    group.add_argument("--workers", type=number(int, 0), default=workers, metavar="N", help="data loaders per process")
     group = parser.add_argument_group("intervals, in iterations")
     group.add_argument("--val-every", type=count, default=4000, metavar="N", help="validation")
     group.add_argument("--save-every", type=count, default=4000, metavar="N", help="last.pt")

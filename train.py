@@ -256,7 +256,7 @@ def describe(
     print0(f"{args.model}, head {args.head}: {sum(p.numel() for p in net.parameters()):,} parameters, on {accelerator}")
     iterations = f"{args.max_iters:,} iterations" + (f" after {iteration:,}" if iteration else "")
     print0(f"{iterations} of {batch} crops of {h}x{w}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
-    if batch != 8 and args.lr == RECIPE_LR:
+    if batch != 8 and args.lr == RECIPE_LR and not any(arg.startswith("--lr") for arg in sys.argv):
         print0(f"NOTE: --lr {RECIPE_LR} of the recipe is for a global batch of 8, found {batch}")
     if h > size[0] or w > size[1]:
         print0(f"NOTE: --crop-size {h} {w} exceeds the images, {size[0]}x{size[1]}: the rest of a crop is padding")

@@ -101,7 +101,7 @@ def test_a_run_prints_its_sizes_and_notes_what_is_unusual(main, data, trained, t
     assert "WARNING" in output and "NOTE" not in output
     output = printed("--batch-size", 6, "--weights", trained / "best.pt")
     assert "WARNING" not in output and "NOTE" in output  # the learning rate is for another batch size
-    assert "NOTE" not in printed("--batch-size", 6, "--lr", 0.02)
+    assert "NOTE" not in printed("--batch-size", 6, "--lr", 0.01)
     assert "NOTE: --crop-size" in printed("--batch-size", 8, "--crop-size", 160, 160)  # of images of 128x256
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     assert "NOTE: 1 of 16 cores" in printed("--batch-size", 8)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
+import plot_curve
 from ocrnet import InputError
 
 TRAIN = [{"split": "train", "iter": i, "loss": 3 / i, "lr": 0.01 / i} for i in (1, 2, 3, 4)]
@@ -34,7 +35,13 @@ def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys)
     Image.open(tmp_path / "both.png").verify()
 
 
-def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsys):
+@pytest.fixture
+def no_figure(monkeypatch):
+    """Skips the figure, which takes a second."""
+    monkeypatch.setattr(plot_curve, "plot_curves", lambda *args: None)
+
+
+def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsys, no_figure):
     def log(name, factors):
         (tmp_path / name).mkdir()
         lines = [{**entry, "loss": entry["loss"] * factor} for entry, factor in zip(TRAIN, factors)]
@@ -53,7 +60,7 @@ def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsy
     main("plot_curve.py", log("tiny", [1.1e-3, 1e-3, 1e-3, 1e-3]), tmp_path / "small", "--compare")  # 0.000075 apart
 
 
-def test_a_loss_that_is_not_a_number_is_not_equal(main, logs, tmp_path):
+def test_a_loss_that_is_not_a_number_is_not_equal(main, logs, tmp_path, no_figure):
     (tmp_path / "nan").mkdir()
     lines = [{**entry, "loss": float("nan")} for entry in TRAIN]
     (tmp_path / "nan/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -79,13 +79,11 @@ def test_one_entry_is_a_point(tmp_path, figures):
 
 
 def test_tall_images_and_many_classes_make_figures_of_reasonable_size(tmp_path, figures):
-    table = ClassTable([Label(f"class number {k}", k, k, (k, k, k)) for k in range(150)])
-    shape = (900, 30)
-    label = np.arange(900 * 30).reshape(shape) % 150
-    image = np.zeros((*shape, 3), np.uint8)
-    save_samples(tmp_path / "samples.png", [(image, label, label), (image[:10], label[:10], label[:10])], table)
-    confusion = ConfusionMatrix(150)
-    confusion.update(torch.arange(150), torch.arange(150))
+    table = ClassTable([Label(f"class number {k}", k, k, (k, k, k)) for k in range(60)])
+    label = np.arange(900 * 30).reshape(900, 30) % 60
+    save_samples(tmp_path / "samples.png", [(np.zeros((900, 30, 3), np.uint8), label, label)], table)
+    confusion = ConfusionMatrix(60)
+    confusion.update(torch.arange(60), torch.arange(60))
     save_scores(tmp_path / "scores.png", confusion, table, "last.pt")
     for name in ("samples", "scores"):
         assert max(Image.open(tmp_path / f"{name}.png").size) < 4000

@@ -134,7 +134,7 @@ def tiny_model():
     return OCRNet(HRNet(width=4, num_modules=(1, 1, 1), num_blocks=1), head)
 
 
-def train_steps(rank, root, dtype, world_size, batch_size, workers, lr=0.01, steps=3, seed=0):
+def train_steps(rank, root, dtype, world_size, batch_size, workers, lr=0.01, steps=2, seed=0):
     """SGD steps, as in train.py, on this rank's share of global batches of four crops."""
     model = tiny_model().to(dtype)
     if world_size > 1:

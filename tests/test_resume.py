@@ -80,7 +80,7 @@ def test_a_killed_data_loader_worker_ends_the_run_of_all_ranks_with_its_state_sa
 
 def test_processes_whose_torchrun_is_killed_save_and_leave(torchrun, data, tmp_path):
     flags = [*RUN, "--workers", 0, "--max-iters", 10**6, "--data-path", data, "--output-dir", tmp_path / "run"]
-    launcher = torchrun("train.py", *flags, launcher=["--nproc_per_node=2", "--master-port", str(free_port())])
+    launcher = torchrun("train.py", *flags, launcher=["--nproc_per_node=1", "--master-port", str(free_port())])
     until(lambda: is_training(tmp_path / "run"))
     ranks = [pid for pid, _, _ in processes_of(launcher.pid) if pid != launcher.pid]
     launcher.kill()
@@ -96,7 +96,7 @@ def test_a_kill_during_the_writing_of_a_checkpoint_leaves_a_complete_one(script,
     )
     folder = tmp_path / "run"
     folder.mkdir()
-    for _ in range(3):
+    for _ in range(2):
         writer = script(tmp_path / "writer.py", folder / "last.pt", wait=False)
         until((folder / "last.pt").exists)
         time.sleep(random.uniform(0, 0.2))

@@ -22,7 +22,7 @@ from ocrnet.data.transforms import (
 
 def random_crop(image, label, crop_size, *args):
     """A crop of image and label, (h, w, 3) and (h, w), int."""
-    params, cropped = sample_crop(np.asarray(label), crop_size, *args)
+    params, cropped = sample_crop(np.array(label), crop_size, *args)
     return crop_image(image, params, crop_size).permute(1, 2, 0).numpy().astype(int), cropped.numpy().astype(int)
 
 
@@ -47,7 +47,7 @@ def test_crop_is_the_box_resized_without_antialiasing():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8))
     label = Image.fromarray(np.random.default_rng(1).integers(0, 19, (64, 128), dtype=np.uint8))
     for seed in range(20):
-        params, classes = sample_crop(np.asarray(label), (32, 64), random.Random(seed))
+        params, classes = sample_crop(np.array(label), (32, 64), random.Random(seed))
         box = slice(params.top, params.top + params.height), slice(params.left, params.left + params.width)
         part = torch.tensor(np.asarray(image)[box]).permute(2, 0, 1)[None].double()
         expected = torch.nn.functional.interpolate(part, size=(32, 64), mode="bilinear")[0]

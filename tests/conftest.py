@@ -62,6 +62,8 @@ def run_script_file(path: str, args: list[str], environment: dict[str, str], out
     os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    for number in (signal.SIGINT, signal.SIGHUP):  # which nohup and background jobs of a shell ignore
+        signal.signal(number, signal.SIG_DFL)
     multiprocessing.set_start_method(None, force=True)  # of data loader workers: the default again
     torch.set_num_threads(1)
     if not figures:

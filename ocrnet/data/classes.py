@@ -54,11 +54,8 @@ class ClassTable:
 
     def __init__(self, labels: Sequence[Label]):
         self.labels = list(labels)
-        first: dict[int, Label] = {}  # train id -> label
-        for label in self.labels:
-            first.setdefault(label.train_id, label)
-        first.pop(IGNORE_INDEX, None)
-        classes = [first[k] for k in sorted(first)]
+        first = {label.train_id: label for label in reversed(self.labels)}  # train id -> its first label
+        classes = [first[k] for k in sorted(first.keys() - {IGNORE_INDEX})]
         self.names, self.ids = [label.name for label in classes], [label.id for label in classes]
         self.palette = np.zeros((256, 3), np.uint8)
         self.palette[: len(classes)] = [label.color for label in classes]
@@ -70,18 +67,17 @@ class ClassTable:
 
     @cached_property
     def color_lookup(self) -> np.ndarray:
-        """0xRRGGBB -> train id, uint8. A class wins over ignored labels; a color of two classes is ``UNKNOWN``."""
-        lookup = np.full(1 << 24, UNKNOWN, np.uint8)
+        """R, G, B -> train id, uint8. A class wins over ignored labels; a color of two classes is ``UNKNOWN``."""
+        lookup = np.full((256, 256, 256), UNKNOWN, np.uint8)
         for label in sorted(self.labels, key=lambda label: -label.train_id):  # ignored labels first
-            color = pack(np.array(label.color))
-            taken = lookup[color] not in (UNKNOWN, IGNORE_INDEX, label.train_id)
-            lookup[color] = UNKNOWN if taken else label.train_id
+            taken = lookup[label.color] not in (UNKNOWN, IGNORE_INDEX, label.train_id)
+            lookup[label.color] = UNKNOWN if taken else label.train_id
         return lookup
 
     def lookup_of(self, values: np.ndarray, palette: np.ndarray) -> np.ndarray:
         """``lookup`` for these values, or one by their colors. See ``to_train_ids``."""
         by_color = np.full(256, UNKNOWN, np.uint8)
-        by_color[: len(palette)] = self.color_lookup[pack(palette)]
+        by_color[: len(palette)] = self.color_lookup[tuple(palette.T)]
         if UNKNOWN in by_color[values]:
             return self.lookup
         if not np.isin(values, [label.id for label in self.labels]).all():
@@ -110,7 +106,7 @@ class ClassTable:
                 values are ids and have colors of other classes.
         """
         if label.ndim == 3:
-            train_ids = self.color_lookup[pack(label)]
+            train_ids = self.color_lookup[tuple(np.moveaxis(label, 2, 0))]
         else:
             train_ids = (self.lookup if palette is None else self.lookup_of(np.unique(label), palette))[label]
         unknown = train_ids == UNKNOWN
@@ -138,11 +134,10 @@ class ClassTable:
         for row in rows if isinstance(rows, list) else [rows]:
             try:
                 label = Label(row["name"], row["id"], row["train_id"], tuple(row["color"]))
-                r, g, b = label.color
-                valid = type(label.name) is str and all(type(x) is int for x in (label.id, label.train_id, r, g, b))
+                valid = [type(x) for x in (label.name, *label[1:3], *label.color)] == [str] + 5 * [int]
                 valid = valid and -1 <= label.id <= 255 and label.train_id in (*range(UNKNOWN), IGNORE_INDEX)
                 valid = valid and 0 <= min(label.color) <= max(label.color) <= 255
-            except (TypeError, KeyError, ValueError):
+            except (TypeError, KeyError):
                 valid = False
             if not valid:
                 raise InputError(
@@ -159,18 +154,13 @@ class ClassTable:
         return cls(labels)
 
 
-def pack(rgb: np.ndarray) -> np.ndarray:
-    """Colors (..., 3) -> 0xRRGGBB, int32 (...)."""
-    return rgb.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-
-
 def read_classes(root: Path) -> ClassTable:
     """The classes of the data set under ``root``: its classes.json, or Cityscapes' without one.
 
     Raises:
         InputError: the file is not JSON; and as ``ClassTable.from_rows``.
     """
-    path = Path(root) / "classes.json"
+    path = root / "classes.json"
     if not path.exists():
         return CITYSCAPES
     try:
@@ -180,9 +170,9 @@ def read_classes(root: Path) -> ClassTable:
     return ClassTable.from_rows(rows, str(path))
 
 
-def classes_from_meta(state: Any, source: str) -> ClassTable | None:
+def classes_from_meta(state: dict, source: str) -> ClassTable | None:
     """The classes of a checkpoint of mmsegmentation: CLASSES and PALETTE of 0.x, dataset_meta of 1.x. None without."""
-    meta = state.get("meta") if isinstance(state, dict) else None
+    meta = state.get("meta")
     if not isinstance(meta, dict):
         return None
     meta = {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE"), **(meta.get("dataset_meta") or {})}

@@ -62,10 +62,6 @@ def save_checkpoint(path: Path, state: dict) -> None:
         raise InputError(f"{path}: cannot be written, the last one stays ({str(error).splitlines()[0]})") from None
 
 
-def is_checkpoint(state: object) -> bool:
-    return isinstance(state, dict) and {"model", "config"} <= state.keys()
-
-
 def load_checkpoint(path: Path) -> dict:
     """Read the checkpoint of a run onto the CPU.
 
@@ -73,7 +69,7 @@ def load_checkpoint(path: Path) -> dict:
         InputError: the file cannot be read, or holds no run.
     """
     state = read_file(path)
-    if not is_checkpoint(state) or "optimizer" not in state:
+    if not isinstance(state, dict) or not {"model", "config", "optimizer"} <= state.keys():
         raise InputError(f"{path}: expected the last.pt of a run; start from other weights with --weights")
     return state
 
@@ -101,7 +97,7 @@ def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
     ``long_side`` is the longer side of its training images (0: unknown), ``about`` the file's text of that name or "".
     """
     state = read_file(source)
-    if is_checkpoint(state):
+    if isinstance(state, dict) and {"model", "config"} <= state.keys():
         table = ClassTable.from_rows(state["classes"], str(source)) if "classes" in state else None
         model = restore_model(state, source)
         model.long_side = max(state.get("size", [0]))
@@ -114,10 +110,7 @@ def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
 
 
 def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
-    """Compare the settings of the checkpoint ``path`` with those of the run that resumes it.
-
-    Returns:
-        A sentence for each setting that differs.
+    """A sentence for each setting that differs between the checkpoint ``path`` and the run that resumes it.
 
     Raises:
         InputError: a setting of ``MUST_MATCH`` differs.

@@ -172,9 +172,7 @@ def read_classes(root: Path) -> ClassTable:
 
 def classes_from_meta(state: dict, source: str) -> ClassTable | None:
     """The classes of a checkpoint of mmsegmentation: CLASSES and PALETTE of 0.x, dataset_meta of 1.x. None without."""
-    meta = state.get("meta")
-    if not isinstance(meta, dict):
-        return None
+    meta = state["meta"] if isinstance(state.get("meta"), dict) else {}
     meta = {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE"), **(meta.get("dataset_meta") or {})}
     names, palette = meta["classes"] or [], meta["palette"] or []
     if list(names) == CITYSCAPES.names:

@@ -27,10 +27,7 @@ MUST_MATCH = ("model", "head", "classes", "train_images", "global_batch", "max_i
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on failure.
-
-    At any moment ``path`` is the complete old file or the complete new one.
-    """
+    """Yield a temporary path, renamed to ``path`` on success and removed on failure: ``path`` is never incomplete."""
     part = path.with_name(f"{path.name}.part")
     try:
         yield part
@@ -65,10 +62,6 @@ def save_checkpoint(path: Path, state: dict) -> None:
         raise InputError(f"{path}: cannot be written, the last one stays ({str(error).splitlines()[0]})") from None
 
 
-def is_checkpoint(state: object) -> bool:
-    return isinstance(state, dict) and {"model", "config"} <= state.keys()
-
-
 def load_checkpoint(path: Path) -> dict:
     """Read the checkpoint of a run onto the CPU.
 
@@ -76,7 +69,7 @@ def load_checkpoint(path: Path) -> dict:
         InputError: the file cannot be read, or holds no run.
     """
     state = read_file(path)
-    if not is_checkpoint(state) or "optimizer" not in state:
+    if not isinstance(state, dict) or not {"model", "config", "optimizer"} <= state.keys():
         raise InputError(f"{path}: expected the last.pt of a run; start from other weights with --weights")
     return state
 
@@ -100,27 +93,24 @@ def restore_model(state: dict, path: Path) -> OCRNet:
 def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
     """The model of a file or of a name of hub.py in evaluation mode, and its classes if the file has them.
 
-    Accepts checkpoints of this project, and whole OCRNets of mmsegmentation and of the authors. The attribute
-    ``long_side`` of the model is the longer side of the images that it was trained on, 0 if it is not known, and
-    ``about`` the text of that name in the file, or "".
+    Accepts checkpoints of this project, and whole OCRNets of mmsegmentation and of the authors. The model's
+    ``long_side`` is the longer side of its training images (0: unknown), ``about`` the file's text of that name or "".
     """
     state = read_file(source)
-    if is_checkpoint(state):
+    if isinstance(state, dict) and {"model", "config"} <= state.keys():
         table = ClassTable.from_rows(state["classes"], str(source)) if "classes" in state else None
-        model, size = restore_model(state, source), state.get("size", [0])
+        model = restore_model(state, source)
+        model.long_side = max(state.get("size", [0]))
     else:
         model, table = build_from_checkpoint(state, source), classes_from_meta(state, str(source))
         is_cityscapes = model.config["num_classes"] == len(CITYSCAPES) and table in (None, CITYSCAPES)
-        size = [1024, 2048] if is_cityscapes else [0]
-    model.long_side, model.about = max(size), str(state.get("about", ""))
+        model.long_side = 2048 if is_cityscapes else 0
+    model.about = str(state.get("about", ""))
     return model.eval(), table
 
 
 def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
-    """Compare the settings of the checkpoint ``path`` with those of the run that resumes it.
-
-    Returns:
-        A sentence for each setting that differs.
+    """A sentence for each setting that differs between the checkpoint ``path`` and the run that resumes it.
 
     Raises:
         InputError: a setting of ``MUST_MATCH`` differs.

@@ -54,11 +54,8 @@ class ClassTable:
 
     def __init__(self, labels: Sequence[Label]):
         self.labels = list(labels)
-        first: dict[int, Label] = {}  # train id -> label
-        for label in self.labels:
-            first.setdefault(label.train_id, label)
-        first.pop(IGNORE_INDEX, None)
-        classes = [first[k] for k in sorted(first)]
+        first = {label.train_id: label for label in reversed(self.labels)}  # train id -> its first label
+        classes = [first[k] for k in sorted(first.keys() - {IGNORE_INDEX})]
         self.names, self.ids = [label.name for label in classes], [label.id for label in classes]
         self.palette = np.zeros((256, 3), np.uint8)
         self.palette[: len(classes)] = [label.color for label in classes]
@@ -70,18 +67,17 @@ class ClassTable:
 
     @cached_property
     def color_lookup(self) -> np.ndarray:
-        """0xRRGGBB -> train id, uint8. A class wins over ignored labels; a color of two classes is ``UNKNOWN``."""
-        lookup = np.full(1 << 24, UNKNOWN, np.uint8)
+        """R, G, B -> train id, uint8. A class wins over ignored labels; a color of two classes is ``UNKNOWN``."""
+        lookup = np.full((256, 256, 256), UNKNOWN, np.uint8)
         for label in sorted(self.labels, key=lambda label: -label.train_id):  # ignored labels first
-            color = pack(np.array(label.color))
-            taken = lookup[color] not in (UNKNOWN, IGNORE_INDEX, label.train_id)
-            lookup[color] = UNKNOWN if taken else label.train_id
+            taken = lookup[label.color] not in (UNKNOWN, IGNORE_INDEX, label.train_id)
+            lookup[label.color] = UNKNOWN if taken else label.train_id
         return lookup
 
     def lookup_of(self, values: np.ndarray, palette: np.ndarray) -> np.ndarray:
         """``lookup`` for these values, or one by their colors. See ``to_train_ids``."""
         by_color = np.full(256, UNKNOWN, np.uint8)
-        by_color[: len(palette)] = self.color_lookup[pack(palette)]
+        by_color[: len(palette)] = self.color_lookup[tuple(palette.T)]
         if UNKNOWN in by_color[values]:
             return self.lookup
         if not np.isin(values, [label.id for label in self.labels]).all():
@@ -110,7 +106,7 @@ class ClassTable:
                 values are ids and have colors of other classes.
         """
         if label.ndim == 3:
-            train_ids = self.color_lookup[pack(label)]
+            train_ids = self.color_lookup[tuple(np.moveaxis(label, 2, 0))]
         else:
             train_ids = (self.lookup if palette is None else self.lookup_of(np.unique(label), palette))[label]
         unknown = train_ids == UNKNOWN
@@ -138,11 +134,10 @@ class ClassTable:
         for row in rows if isinstance(rows, list) else [rows]:
             try:
                 label = Label(row["name"], row["id"], row["train_id"], tuple(row["color"]))
-                r, g, b = label.color
-                valid = type(label.name) is str and all(type(x) is int for x in (label.id, label.train_id, r, g, b))
+                valid = [type(x) for x in (label.name, *label[1:3], *label.color)] == [str] + 5 * [int]
                 valid = valid and -1 <= label.id <= 255 and label.train_id in (*range(UNKNOWN), IGNORE_INDEX)
                 valid = valid and 0 <= min(label.color) <= max(label.color) <= 255
-            except (TypeError, KeyError, ValueError):
+            except (TypeError, KeyError):
                 valid = False
             if not valid:
                 raise InputError(
@@ -159,18 +154,13 @@ class ClassTable:
         return cls(labels)
 
 
-def pack(rgb: np.ndarray) -> np.ndarray:
-    """Colors (..., 3) -> 0xRRGGBB, int32 (...)."""
-    return rgb.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-
-
 def read_classes(root: Path) -> ClassTable:
     """The classes of the data set under ``root``: its classes.json, or Cityscapes' without one.
 
     Raises:
         InputError: the file is not JSON; and as ``ClassTable.from_rows``.
     """
-    path = Path(root) / "classes.json"
+    path = root / "classes.json"
     if not path.exists():
         return CITYSCAPES
     try:
@@ -180,11 +170,9 @@ def read_classes(root: Path) -> ClassTable:
     return ClassTable.from_rows(rows, str(path))
 
 
-def classes_from_meta(state: Any, source: str) -> ClassTable | None:
+def classes_from_meta(state: dict, source: str) -> ClassTable | None:
     """The classes of a checkpoint of mmsegmentation: CLASSES and PALETTE of 0.x, dataset_meta of 1.x. None without."""
-    meta = state.get("meta") if isinstance(state, dict) else None
-    if not isinstance(meta, dict):
-        return None
+    meta = state["meta"] if isinstance(state.get("meta"), dict) else {}
     meta = {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE"), **(meta.get("dataset_meta") or {})}
     names, palette = meta["classes"] or [], meta["palette"] or []
     if list(names) == CITYSCAPES.names:
@@ -209,42 +197,23 @@ def balanced_weights(pixels: Sequence[int]) -> list[float]:
 
 
 # From cityscapesScripts, helpers/labels.py.
-CITYSCAPES = ClassTable(
-    [
-        Label("unlabeled", 0, 255, (0, 0, 0)),
-        Label("ego vehicle", 1, 255, (0, 0, 0)),
-        Label("rectification border", 2, 255, (0, 0, 0)),
-        Label("out of roi", 3, 255, (0, 0, 0)),
-        Label("static", 4, 255, (0, 0, 0)),
-        Label("dynamic", 5, 255, (111, 74, 0)),
-        Label("ground", 6, 255, (81, 0, 81)),
-        Label("road", 7, 0, (128, 64, 128)),
-        Label("sidewalk", 8, 1, (244, 35, 232)),
-        Label("parking", 9, 255, (250, 170, 160)),
-        Label("rail track", 10, 255, (230, 150, 140)),
-        Label("building", 11, 2, (70, 70, 70)),
-        Label("wall", 12, 3, (102, 102, 156)),
-        Label("fence", 13, 4, (190, 153, 153)),
-        Label("guard rail", 14, 255, (180, 165, 180)),
-        Label("bridge", 15, 255, (150, 100, 100)),
-        Label("tunnel", 16, 255, (150, 120, 90)),
-        Label("pole", 17, 5, (153, 153, 153)),
-        Label("polegroup", 18, 255, (153, 153, 153)),
-        Label("traffic light", 19, 6, (250, 170, 30)),
-        Label("traffic sign", 20, 7, (220, 220, 0)),
-        Label("vegetation", 21, 8, (107, 142, 35)),
-        Label("terrain", 22, 9, (152, 251, 152)),
-        Label("sky", 23, 10, (70, 130, 180)),
-        Label("person", 24, 11, (220, 20, 60)),
-        Label("rider", 25, 12, (255, 0, 0)),
-        Label("car", 26, 13, (0, 0, 142)),
-        Label("truck", 27, 14, (0, 0, 70)),
-        Label("bus", 28, 15, (0, 60, 100)),
-        Label("caravan", 29, 255, (0, 0, 90)),
-        Label("trailer", 30, 255, (0, 0, 110)),
-        Label("train", 31, 16, (0, 80, 100)),
-        Label("motorcycle", 32, 17, (0, 0, 230)),
-        Label("bicycle", 33, 18, (119, 11, 32)),
-        Label("license plate", -1, 255, (0, 0, 142)),
-    ]
-)
+CITYSCAPES = ClassTable([
+    Label("unlabeled", 0, 255, (0, 0, 0)),            Label("ego vehicle", 1, 255, (0, 0, 0)),
+    Label("rectification border", 2, 255, (0, 0, 0)), Label("out of roi", 3, 255, (0, 0, 0)),
+    Label("static", 4, 255, (0, 0, 0)),               Label("dynamic", 5, 255, (111, 74, 0)),
+    Label("ground", 6, 255, (81, 0, 81)),             Label("road", 7, 0, (128, 64, 128)),
+    Label("sidewalk", 8, 1, (244, 35, 232)),          Label("parking", 9, 255, (250, 170, 160)),
+    Label("rail track", 10, 255, (230, 150, 140)),    Label("building", 11, 2, (70, 70, 70)),
+    Label("wall", 12, 3, (102, 102, 156)),            Label("fence", 13, 4, (190, 153, 153)),
+    Label("guard rail", 14, 255, (180, 165, 180)),    Label("bridge", 15, 255, (150, 100, 100)),
+    Label("tunnel", 16, 255, (150, 120, 90)),         Label("pole", 17, 5, (153, 153, 153)),
+    Label("polegroup", 18, 255, (153, 153, 153)),     Label("traffic light", 19, 6, (250, 170, 30)),
+    Label("traffic sign", 20, 7, (220, 220, 0)),      Label("vegetation", 21, 8, (107, 142, 35)),
+    Label("terrain", 22, 9, (152, 251, 152)),         Label("sky", 23, 10, (70, 130, 180)),
+    Label("person", 24, 11, (220, 20, 60)),           Label("rider", 25, 12, (255, 0, 0)),
+    Label("car", 26, 13, (0, 0, 142)),                Label("truck", 27, 14, (0, 0, 70)),
+    Label("bus", 28, 15, (0, 60, 100)),               Label("caravan", 29, 255, (0, 0, 90)),
+    Label("trailer", 30, 255, (0, 0, 110)),           Label("train", 31, 16, (0, 80, 100)),
+    Label("motorcycle", 32, 17, (0, 0, 230)),         Label("bicycle", 33, 18, (119, 11, 32)),
+    Label("license plate", -1, 255, (0, 0, 142)),
+])  # fmt: skip

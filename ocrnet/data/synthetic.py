@@ -10,7 +10,6 @@ World: X to the right, Y up from the ground, Z away from the camera, in meters. 
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -40,13 +39,13 @@ def gray(rng: np.random.Generator) -> np.ndarray:
 
 def green(rng: np.random.Generator) -> np.ndarray:
     """One of the greens and browns that vegetation and terrain share."""
-    return np.array([rng.uniform(60, 125), rng.uniform(80, 135), rng.uniform(35, 75)])
+    return rng.uniform((60, 80, 35), (125, 135, 75))
 
 
 def vivid(rng: np.random.Generator) -> np.ndarray:
     """One of the paints that vehicles, signs and clothes share: red, blue, yellow, white, black, gray or green."""
     paints = (190, 40, 40), (40, 70, 170), (210, 180, 50), (225, 225, 225), (45, 45, 50), (120, 125, 130), (50, 120, 70)
-    return paints[rng.integers(len(paints))] + rng.uniform(-20, 20, 3)
+    return rng.choice(paints) + rng.uniform(-20, 20, 3)
 
 
 def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarray:
@@ -56,7 +55,7 @@ def within(x: np.ndarray, period: float, start: float, stop: float) -> np.ndarra
 
 
 # Two coordinates in meters -> where the pattern is; brightness factors there and elsewhere.
-TEXTURES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], float, float]] = {
+TEXTURES = {
     "plain": (lambda a, b: np.zeros_like(a, bool), 1, 1),
     "tiles": (lambda a, b: within(a, 0.9, 0, 0.1) | within(b, 0.9, 0, 0.1), 0.72, 1.06),
     "windows": (lambda a, b: within(a, 2.4, 0.25, 0.75) & within(b, 3.0, 0.35, 0.85), 0.5, 1.05),
@@ -74,43 +73,30 @@ class Scene:
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         self.rng = rng
-        self.height, self.width = size
-        self.label = Image.new("L", (self.width, self.height), IDS["unlabeled"])
-        self.focal = self.width * rng.uniform(0.75, 1.0)
+        height, width = size
+        self.focal = width * rng.uniform(0.75, 1.0)  # pixels, as center and horizon
         self.eye = rng.uniform(1.3, 2.0)  # the camera's height above the ground, meters
-        self.center = self.width * rng.uniform(0.4, 0.6)
-        self.horizon = self.height * rng.uniform(0.36, 0.5)
+        self.center = width * rng.uniform(0.4, 0.6)
+        self.horizon = height * rng.uniform(0.36, 0.5)
         self.haze = rng.uniform(0.002, 0.008)  # per meter
-        sky = [(150, 185, 225), (200, 205, 210), (225, 205, 185)][rng.integers(3)]
-        self.sky = np.array(sky) * rng.uniform(0.7, 1.0)
+        self.sky = rng.choice([(150, 185, 225), (200, 205, 210), (225, 205, 185)]) * rng.uniform(0.7, 1.0)
         self.sun = rng.choice([-1, 1])  # the side of the street that is lit
         self.materials = {kind: gray(rng) for kind in ("building", "wall", "fence", "pole")}
         self.materials |= {kind: green(rng) for kind in ("tree", "hedge", "terrain")}
-        rows, columns = np.mgrid[: SUPERSAMPLING * self.height, : SUPERSAMPLING * self.width]
-        self.x, self.y = (columns + 0.5) / SUPERSAMPLING, (rows + 0.5) / SUPERSAMPLING
-        self.image = np.zeros((*self.x.shape, 3), np.float32)
-        self.cloud = np.zeros(self.x.shape, np.float32)  # soft patches of three sizes, about -1 .. 1
+        y, x = (np.mgrid[: SUPERSAMPLING * height, : SUPERSAMPLING * width] + 0.5) / SUPERSAMPLING
+        # of the ray through each pixel, per meter of depth
+        self.right, self.down = (x - self.center) / self.focal, (y - self.horizon) / self.focal
+        self.label = Image.new("L", (width, height), IDS["unlabeled"])
+        self.image = np.zeros((*x.shape, 3), np.float32)
+        self.cloud = np.zeros(x.shape, np.float32)  # soft patches of three sizes, about -1 .. 1
         for cells in (4, 10, 28):
             patches = Image.fromarray(rng.uniform(-1, 1, (cells, 2 * cells)).astype(np.float32))
-            self.cloud += np.asarray(patches.resize(self.x.shape[::-1], Image.Resampling.BICUBIC)) * 0.6
-        self.grain = rng.standard_normal(self.x.shape).astype(np.float32)
+            self.cloud += np.asarray(patches.resize(x.shape[::-1], Image.Resampling.BICUBIC)) * 0.6
+        self.grain = rng.standard_normal(x.shape).astype(np.float32)
 
     def material(self, kind: str) -> np.ndarray:
         """The color of a class in this street, with a little variation."""
         return self.materials[kind] * self.rng.uniform(0.93, 1.07)
-
-    def plane(self, points: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels (x, y) of a piece -> two coordinates in its plane and the depth, in meters."""
-        xs, _, zs = points.T
-        right, down = (x - self.center) / self.focal, (y - self.horizon) / self.focal  # of a ray, per meter of depth
-        if np.ptp(zs) < 1e-6:  # faces the camera
-            z = np.full_like(x, zs[0])
-            return right * z - xs.min(), self.eye - down * z, z
-        if np.ptp(xs) < 1e-6:  # along the street
-            z = np.clip(xs[0] / np.where(abs(right) < 1e-3, 1e-3, right), NEAR, 200)
-            return z, self.eye - down * z, z
-        z = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)  # the ground
-        return right * z, z, z
 
     def paint(self, label, points, color, texture="plain", roughness=0.04, patches=0.08) -> None:
         """Paint one flat piece: facing the camera, along the street or on the ground, as its corners (x, y, z) say.
@@ -118,8 +104,7 @@ class Scene:
         ``label`` is a name of Cityscapes, or None for a detail, whose pixels keep the label below. ``roughness`` and
         ``patches`` scale the fine and the coarse noise.
         """
-        points = np.array(points, float)
-        x, y, z = points[:, 0], points[:, 1], points[:, 2].clip(NEAR)
+        x, y, z = np.array(points, float).T
         polygon = np.stack([self.center + self.focal * x / z, self.horizon + self.focal * (self.eye - y) / z], 1)
         polygon = polygon.round().astype(int)  # whole pixels
         if label:
@@ -131,12 +116,21 @@ class Scene:
         mask = Image.new("1", tuple(stop - start))  # not of the whole image: PIL would round edges differently
         ImageDraw.Draw(mask).polygon((SUPERSAMPLING * (polygon + 0.5) - start).ravel().tolist(), fill=1)
         inside, area = np.asarray(mask), (slice(start[1], stop[1]), slice(start[0], stop[0]))
-        a, b, depth = self.plane(points, self.x[area][inside], self.y[area][inside])
+        right, down, grain, cloud = (field[area][inside] for field in (self.right, self.down, self.grain, self.cloud))
+        # depth of each pixel, and its coordinates a, b in the plane of the piece, in meters
+        if np.ptp(z) < 1e-6:  # faces the camera
+            depth = np.full_like(right, z[0])
+            a, b = right * depth - x.min(), self.eye - down * depth
+        elif np.ptp(x) < 1e-6:  # along the street
+            depth = np.clip(x[0] / np.where(abs(right) < 1e-3, 1e-3, right), NEAR, 200)
+            a, b = depth, self.eye - down * depth
+        else:  # the ground
+            depth = np.clip(self.eye / np.maximum(down, 1e-3), NEAR, 200)
+            a, b = right * depth, depth
         pattern, there, elsewhere = TEXTURES[texture]
-        shade = np.where(pattern(a, b), there, elsewhere)
-        shade = shade + roughness * self.grain[area][inside] + patches * self.cloud[area][inside]
+        shade = np.where(pattern(a, b), there, elsewhere) + roughness * grain + patches * cloud
         fog = np.exp(-self.haze * depth)[:, None]
-        self.image[area][inside] = fog * shade[:, None] * np.asarray(color) + (1 - fog) * self.sky
+        self.image[area][inside] = fog * shade[:, None] * color + (1 - fog) * self.sky
 
     def rectangle(self, label, corner, size, *look, **noise) -> None:
         """Paint a rectangle from its ``corner`` (x, y, z) on. One of its sizes (dx, dy, dz) is 0."""
@@ -160,14 +154,14 @@ def box(u: float, v: float, width: float, height: float) -> list[tuple[float, fl
     return [(u, v), (u + width, v), (u + width, v + height), (u, v + height)]
 
 
-def disc(u: float, v: float, radius: float, corners: int = 10) -> list[tuple[float, float]]:
+def disc(u: float, v: float, radius: float | np.ndarray, corners: int = 10) -> np.ndarray:
     angles = np.arange(corners) * 2 * np.pi / corners
-    return [(u + radius * np.cos(t), v + radius * np.sin(t)) for t in angles]
+    return np.stack([u + radius * np.cos(angles), v + radius * np.sin(angles)], 1)
 
 
 LEGS = [(-0.22, 0), (-0.05, 0), (0, 0.5), (0.05, 0), (0.22, 0), (0.2, 0.9), (-0.2, 0.9)]
 TORSO = [(-0.2, 0.8), (0.2, 0.8), (0.32, 0.85), (0.28, 1.45), (0.1, 1.52), (-0.1, 1.52), (-0.28, 1.45), (-0.32, 0.85)]
-PERSON = LEGS[:5] + TORSO[1:5] + disc(0, 1.65, 0.15, 6)[:4] + TORSO[5:]
+PERSON = [*LEGS[:5], *TORSO[1:5], *disc(0, 1.65, 0.15, 6)[:4], *TORSO[5:]]
 RIDER = [(-0.3, 0.75), (0.25, 0.7), (0.35, 1.25), (0.2, 1.55), (-0.1, 1.55), (-0.3, 1.3)]
 RIDERS_LEG = [(-0.15, 0.3), (0.1, 0.3), (0.25, 0.8), (-0.2, 0.85)]
 BICYCLE = [(-0.55, 0.3), (0.55, 0.3), (0.5, 0.95), (-0.3, 0.85)]
@@ -217,11 +211,11 @@ def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
     near = x if x > 0 else x + width
     scene.rectangle(None, (x - 0.2, 0, z - 0.2), (width + 0.4, 0, length + 0.2), (35, 35, 35), roughness=0.02)
     scene.rectangle(label, (near, 0.25, z), (0, height - 0.25, length), color * 0.75, texture)
+    front = [(label, box(0, 0.25, width, height - 0.25), color)]
     if label == "car":  # the cabin, set back on every side
         scene.rectangle(label, (near, height, z + 0.7), (0, 0.65, length - 1.5), color * 0.3)
         scene.figure(x, z + 0.5, [(label, CABIN, color * 0.9), (None, GLASS, (60, 70, 80))])
-    front = [(label, box(0, 0.25, width, height - 0.25), color)]
-    if label != "car":  # a windscreen; the truck's cab is lower than its box
+    else:  # a windscreen; the truck's cab is lower than its box
         top = 0.72 if label == "truck" else 0.92
         front += [(None, box(0.15, 0.45 * height, width - 0.3, (top - 0.45) * height), (55, 65, 75))]
     for u in (0.05, width - 0.45):
@@ -234,8 +228,7 @@ def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
 
 def tree(scene: Scene, x: float, z: float) -> None:
     color, height = scene.material("tree") * 0.9, scene.rng.uniform(4, 8)
-    radii = scene.rng.uniform(0.75, 1.15, 14) * 0.3 * height
-    crown = [(r * u, 0.68 * height + r * v) for r, (u, v) in zip(radii, disc(0, 0, 1, 14))]
+    crown = disc(0, 0.68 * height, scene.rng.uniform(0.75, 1.15, 14) * 0.3 * height, 14)  # a radius for each corner
     trunk = box(-0.2, 0, 0.4, 0.5 * height)
     scene.figure(x, z, [("vegetation", trunk, (80, 65, 50)), ("vegetation", crown, color, *LEAVES)])
 
@@ -258,15 +251,23 @@ def pole(scene: Scene, x: float, z: float, carries: str) -> None:
     scene.figure(x, z, pieces)
 
 
-def facade(scene: Scene, kind: str, x: float, z: float, length: float) -> None:
-    """What lines the street: a stretch of building, wall, fence or hedge at X = x, from depth z on."""
-    low, high, *look = FACADES[kind]
-    height, color = scene.rng.uniform(low, high), scene.material(kind)
+def facades(scene: Scene, x: float) -> None:
+    """What lines the street at X = x: stretches of building, wall, fence, hedge or nothing."""
+    z, stretches = scene.rng.uniform(2.5, 6), []
+    while z < 70:
+        length = scene.rng.uniform(6, 16)
+        stretches.append((scene.rng.choice([*FACADES, "none"], p=[0.36, 0.2, 0.2, 0.14, 0.1]), z, length))
+        z += length
     light = 1.0 if x * scene.sun > 0 else 0.7
-    if kind == "building":  # its end wall is lit when its front is not
-        scene.rectangle(kind, (x if x > 0 else x - 10, 0, z), (10, height, 0), color * (1.7 - light), *look)
-    label = "vegetation" if kind == "hedge" else kind
-    scene.rectangle(label, (x, 0, z), (0, height, length), color * light, *look)
+    for kind, z, length in reversed(stretches):
+        if kind == "none":
+            continue
+        low, high, *look = FACADES[kind]
+        height, color = scene.rng.uniform(low, high), scene.material(kind)
+        if kind == "building":  # its end wall is lit when its front is not
+            scene.rectangle(kind, (x if x > 0 else x - 10, 0, z), (10, height, 0), color * (1.7 - light), *look)
+        label = "vegetation" if kind == "hedge" else kind
+        scene.rectangle(label, (x, 0, z), (0, height, length), color * light, *look)
 
 
 def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Image.Image, Image.Image]:
@@ -296,15 +297,7 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
 
     rails = rng.random() < 0.4 and rng.choice([-1, 1])  # a side with a train, or none
     for side in (-1, 1):
-        x = side * (edge + verge + (3.5 if rails == side else 0))
-        z, stretches = rng.uniform(2.5, 6), []
-        while z < 70:
-            length = rng.uniform(6, 16)
-            stretches.append((rng.choice([*FACADES, "none"], p=[0.36, 0.2, 0.2, 0.14, 0.1]), x, z, length))
-            z += length
-        for stretch in reversed(stretches):
-            if stretch[0] != "none":
-                facade(scene, *stretch)
+        facades(scene, side * (edge + verge + (3.5 if rails == side else 0)))
     if rails:
         x, z = rails * (edge + 1.8) - 1.4, rng.uniform(7, 25)
         scene.rectangle("rail track", (x - 0.3, 0, NEAR), (3.4, 0, far), (110, 100, 95), "sleepers")
@@ -312,9 +305,8 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
 
     things = []  # (depth, side of the street, how to paint it)
 
-    def put(count: int, near: float, far: float, paint: Callable[[float, int], None]) -> None:
-        for _ in range(count):
-            things.append((rng.uniform(near, far), rng.choice([-1, 1]), paint))
+    def put(count, near, far, paint):
+        things.extend((rng.uniform(near, far), rng.choice([-1, 1]), paint) for _ in range(count))
 
     on_walk = partial(rng.uniform, half + 0.4, edge - 0.2)
     on_road = partial(rng.uniform, 0.8, half - 0.8)
@@ -336,11 +328,12 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
     if rng.random() < 0.3:
         person(scene, rng.uniform(-half, half), rng.uniform(25, 40))
         gray(rng)  # drawn and not used: the scenes stay those that published figures were measured on
-    bonnet = rng.uniform(0.02, 0.08) * scene.height  # of the car that carries the camera, in pixels
+    height, width = size
+    bonnet = rng.uniform(0.02, 0.08) * height  # of the car that carries the camera, in pixels
     pixels = [(0.1, 0.0), (0.9, 0.0), (0.75, bonnet), (0.25, bonnet)]
-    xy = [(x * scene.width - scene.center, scene.horizon - (scene.height - y)) for x, y in pixels]
-    points = [(x * NEAR / scene.focal, scene.eye + y * NEAR / scene.focal, NEAR) for x, y in xy]
-    scene.paint("ego vehicle", points, vivid(rng) * 0.5)
+    xy = [(x * width - scene.center, scene.horizon - (height - y)) for x, y in pixels]
+    outline = [(x * NEAR / scene.focal, scene.eye + y * NEAR / scene.focal) for x, y in xy]
+    scene.figure(0, NEAR, [("ego vehicle", outline, vivid(rng) * 0.5)])
 
     gain = rng.uniform(0.6, 1.2) * rng.uniform(0.8, 1.2, 3)  # light and tint; the grain is the camera's noise
     image = (scene.image * gain + 3 * scene.grain[..., None]).clip(0, 255).astype(np.uint8)
@@ -359,10 +352,8 @@ def write_scene(root: Path, split: str, index: int) -> None:
         image.save(path)
 
 
-def write_dataset(root: Path, splits: Mapping[str, int] = SPLITS) -> None:
-    """Write ``splits`` (name -> scenes) in Cityscapes' layout as ``root``, unless they are there.
-
-    ``root`` is whole or absent at any moment.
+def write_dataset(root: Path, splits: dict[str, int] = SPLITS) -> None:
+    """Write ``splits`` (name -> scenes) in Cityscapes' layout as ``root``, whole or not at all, unless they are there.
 
     Raises:
         InputError: ``root`` exists and is something else.

@@ -87,8 +87,7 @@ class OCRNet(nn.Module):
     def resize(self, logits: Tensor, image: Tensor) -> Tensor:
         """(B, K, h, w) -> (B, K, H, W), bilinear."""
         # contiguous, because the softmax over K that follows would copy channels_last logits at the full size
-        size, align_corners = image.shape[-2:], self.align_corners
-        return F.interpolate(logits.contiguous(), size=size, mode="bilinear", align_corners=align_corners)
+        return F.interpolate(logits.contiguous(), image.shape[-2:], mode="bilinear", align_corners=self.align_corners)
 
     def set_align_corners(self, align_corners: bool) -> None:
         """How all feature maps and logits are resized: True for the authors' weights, False in the recipe."""
@@ -97,7 +96,7 @@ class OCRNet(nn.Module):
                 module.align_corners = align_corners
 
 
-def build_head(head: str, backbone: nn.Module, num_classes: int, dropout: float | None = None) -> nn.Module:
+def build_head(head: str, backbone: nn.Module, num_classes: int, dropout: float | None) -> nn.Module:
     """The head of ``HEADS`` that fits a backbone. See ``build_model``."""
     region_channels, pixel_channels = backbone.out_channels
     hidden = dict(reduction=backbone.reduction, kernel_size=backbone.kernel_size)

@@ -8,14 +8,13 @@ mmsegmentation's ResNetV1c. Our backbones have the authors' and torchvision's na
 import re
 import socket
 import zipfile
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import InputError
 from .hub import url_of
@@ -46,7 +45,6 @@ RENAMES = {
     r"^backbone\.stem\.7\.": "backbone.bn1.",  # ResNetV1c: the last BatchNorm of the deep stem
     r"^backbone\.stem\.": "backbone.conv1.",
 }
-AUTHORS_DROPOUT = 0.05
 # Where files keep their tensors. mmengine's ema_state_dict is last: its state_dict has the averaged weights.
 ENTRIES = ("state_dict_ema", "model_ema", "model", "state_dict", "ema_state_dict")
 TIMEOUT = 30  # seconds that a server may be silent
@@ -60,12 +58,11 @@ class Report(NamedTuple):
     random: list[str]  # our names
 
     def __str__(self) -> str:
-        def count(names: list[str], what: str) -> str:
+        text = f"{len(self.loaded)} tensors loaded"
+        for names, what in ((self.ignored, "of the file ignored"), (self.random, "of the model stay random")):
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            return f"{len(names)} {what} ({some})" if names else f"0 {what}"
-
-        ignored, random = count(self.ignored, "of the file ignored"), count(self.random, "of the model stay random")
-        return f"{len(self.loaded)} tensors loaded; {ignored}; {random}"
+            text += f"; {len(names)} {what}" + (f" ({some})" if names else "")
+        return text
 
 
 def read_file(source: Path | str, model: str | None = None) -> Any:
@@ -121,10 +118,11 @@ def read_tensors(state: Any, source: Path | str) -> dict[str, Tensor]:
     Raises:
         InputError: there are none, or one is nan or infinite.
     """
+    state = state if isinstance(state, dict) else {}
     for key in ENTRIES:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
-    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)} if isinstance(state, dict) else {}
+    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
     if not tensors:
         raise InputError(f"{source}: expected a dict of tensors, found none")
     check_finite(tensors, source)
@@ -152,19 +150,18 @@ def head_of(names: Iterable[str]) -> str | None:
     return "ocr" if "head.classifier.1.weight" in names else None
 
 
-@cache
-def shapes_of(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
-    """Our names and the shapes of a backbone's parameters, without the first convolution, which may be a deep stem."""
-    with torch.device("meta"):
-        shapes = {f"backbone.{name}": x.shape for name, x in build().named_parameters()}
-    return {name: shape for name, shape in shapes.items() if not name.startswith("backbone.conv1.")}
-
-
 def backbone_of(tensors: dict[str, Tensor]) -> str | None:
     """The largest of ``BACKBONES`` all of whose parameters are among ``tensors`` (our names). None without."""
     found = {name: x.shape for name, x in tensors.items()}
-    fits = [name for name, build in BACKBONES.items() if shapes_of(build).items() <= found.items()]
-    return max(fits, key=lambda name: len(shapes_of(BACKBONES[name])), default=None)
+    fits = {}  # name -> number of parameters
+    for name, build in BACKBONES.items():
+        with torch.device("meta"):
+            parameters = build().named_parameters()
+        # without the first convolution, which may be a deep stem
+        shapes = {f"backbone.{key}": x.shape for key, x in parameters if not key.startswith("conv1.")}
+        if shapes.items() <= found.items():
+            fits[name] = len(shapes)
+    return max(fits, key=fits.get, default=None)
 
 
 def load_weights(model: OCRNet, source: Path | str) -> Report:
@@ -174,8 +171,7 @@ def load_weights(model: OCRNet, source: Path | str) -> Report:
     Another head is left out, and so are tensors of the head that have another shape, as those of other classes have.
 
     Raises:
-        InputError: the file holds another backbone, or less than 95 % of the model's; and as ``read_file`` and
-            ``read_tensors``.
+        InputError: the file has another backbone, or under 95 % of the model's; and as ``read_file``, ``read_tensors``.
     """
     return load_state(model, read_file(source, model.config["name"]), source)
 
@@ -194,13 +190,13 @@ def load_state(model: OCRNet, state: Any, source: Path | str) -> Report:
         model.config["deep_stem"] = True
 
     own, name = model.state_dict(), model.config["name"]
-    fitting = {key for key in tensors if key in own and tensors[key].shape == own[key].shape}
+    loaded = {key: x for key, x in tensors.items() if key in own and x.shape == own[key].shape}
     needed = [key for key in own if not key.endswith("num_batches_tracked")]
     backbone = [key for key in needed if key.startswith("backbone.")]
-    missing = [key for key in backbone if key not in fitting]
+    missing = [key for key in backbone if key not in loaded]
     # a tensor of another shape, or blocks that the model does not have: another backbone
     modules = tuple(f"backbone.{key}." for key, _ in model.backbone.named_children())
-    wrong = [key for key in tensors if key.startswith(modules) and key not in fitting]
+    wrong = [key for key in tensors if key.startswith(modules) and key not in loaded]
     if wrong or len(missing) > 0.05 * len(backbone):
         first = f"{wrong[0]} does not fit" if wrong else f"{missing[0]} is missing"
         other = backbone_of(tensors)
@@ -208,19 +204,18 @@ def load_state(model: OCRNet, state: Any, source: Path | str) -> Report:
         found = f"{len(backbone) - len(missing)} of its {len(backbone)} tensors"
         raise InputError(f"{source}: expected the backbone {name}, found {found}, {first}{remedy}")
 
-    same_head = head_of(tensors) == head_of(own)
-    loaded = [key for key in tensors if key in fitting and (same_head or not key.startswith("head."))]
-    model.load_state_dict({key: tensors[key] for key in loaded}, strict=False)
+    if head_of(tensors) != head_of(own):
+        loaded = {key: x for key, x in loaded.items() if not key.startswith("head.")}
+    model.load_state_dict(loaded, strict=False)
     authors = names.get("head.classifier.1.weight", "").endswith("cls_head.weight")
     config = state.get("config")
     if authors or (isinstance(config, dict) and config.get("align_corners")):
         model.set_align_corners(True)
         model.config["align_corners"] = True
     if authors and model.config["dropout"] is None:
-        model.config["dropout"] = model.head.classifier[0].p = AUTHORS_DROPOUT
-    done = set(loaded)
-    ignored = [old for key, old in names.items() if key in tensors and key not in done]
-    return Report(loaded, ignored, [key for key in needed if key not in done])
+        model.config["dropout"] = model.head.classifier[0].p = 0.05  # as in the authors' model
+    ignored = [old for key, old in names.items() if key in tensors and key not in loaded]
+    return Report(list(loaded), ignored, [key for key in needed if key not in loaded])
 
 
 def build_from_checkpoint(state: Any, source: Path | str) -> OCRNet:

@@ -9,8 +9,8 @@ Writes log.jsonl, last.pt, best.pt, curve.png, samples.png and scores.png to --o
 stop signals save last.pt after the current iteration and exit with 128 + their number.
 
 Three ideas before the loop. ``net`` is what is saved and validated, ``model`` is ``net`` compiled and wrapped. A crop
-depends on (seed, epoch, index) only, and dropout on (seed, iteration, rank), so no generator has a state to save. A
-checkpoint is whole or absent.
+depends on (seed, epoch, index) only, and dropout is seeded anew in each iteration, so no generator has a state to save.
+A checkpoint is whole or absent.
 """
 
 import json
@@ -82,7 +82,7 @@ def main() -> None:
     settings = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "classes": ", ".join(table.names), "train_images": len(train_set), "global_batch": global_batch,
-        "device": str(accelerator), "resume": True,
+        "device": str(accelerator), "resume": True,  # the same for a run and those that resume it
     }  # fmt: skip
     checkpoint = accelerator.broadcast(load_checkpoint(last) if is_main and last.exists() else None)
     torch.manual_seed(args.seed)
@@ -192,10 +192,10 @@ def main() -> None:
         asked = time.perf_counter()
         try:
             next_batch = next(batches)
-        except (RuntimeError, InputError) as error:  # a data loader worker was killed, or a file is invalid
+        except (RuntimeError, OSError, EOFError, InputError) as error:  # a killed data loader worker, an invalid file
             failure = error
         waited += time.perf_counter() - asked
-        stop_requested = accelerator.any(bool(signals or failure))  # all ranks stop together, after this step
+        stop_requested = accelerator.any(bool(signals or failure))  # answered after this step, on all ranks alike
         torch.manual_seed(random.Random(f"{args.seed} {iteration + 1} {accelerator.rank}").getrandbits(63))  # dropout
         lr = poly_lr(args.lr, iteration, args.max_iters)
         for group in optimizer.param_groups:
@@ -237,7 +237,8 @@ def main() -> None:
         print0(f"best mIoU {best:.2%}; wrote {args.output_dir}/: {files}")
     accelerator.close()
     if failure and not signals:
-        raise InputError(f"{failure}".strip().splitlines()[-1] + f" ({last} is saved: --resume continues)")
+        reason = (str(failure).strip() or repr(failure)).splitlines()[-1]
+        raise InputError(f"{reason} ({last} is saved: --resume continues)")
     if stopped:
         sys.exit(128 + (signals or [signal.SIGTERM])[0])  # so a scheduler can tell a stopped run from a finished one
 

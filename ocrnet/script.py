@@ -20,7 +20,8 @@ from . import InputError
 SOFTWARE = "OCRNet"  # the mark of the images that this program writes
 
 # of schedulers (SIGTERM, Slurm's SIGUSR1), closed terminals (SIGHUP), Ctrl-C (SIGINT) and Ctrl-\ (SIGQUIT)
-STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT", "SIGQUIT")
+NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT", "SIGQUIT")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -49,16 +50,16 @@ def run_script(main: Callable[[], None]) -> None:
     """Run ``main``. An InputError, an OSError or a lack of memory is printed as one line, and the exit status is 1."""
     try:
         return main()
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
+    except (InputError, OSError) as error:
         # a data loader worker prepends its traceback, whose last line is the error
-        message = (str(error).strip().splitlines() or ["out of memory"])[-1].removeprefix("ocrnet.InputError: ")
-        if isinstance(error, (MemoryError, RuntimeError)):  # torch has no type of its own for a CPU without memory
-            if not re.search("out of memory|can't allocate memory|^$", str(error)):
-                raise
-            message = (
-                "out of memory: train.py needs less with --batch-size 1 and more --accum-steps, or with a smaller "
-                "--crop-size; evaluate.py with --slide or a smaller --long-side"
-            )
+        message = str(error).strip().splitlines()[-1].removeprefix("ocrnet.InputError: ")
+    except (MemoryError, RuntimeError) as error:
+        if type(error) is not MemoryError and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        message = (
+            "out of memory: train.py needs less with --batch-size 1 and more --accum-steps, or with a smaller "
+            "--crop-size; evaluate.py with --slide or a smaller --long-side"
+        )
     sys.exit(f"error: {message}")  # here the error is gone, and with it the data loader that its frames held
 
 
@@ -92,7 +93,7 @@ def catch_stop_signals() -> list[signal.Signals]:
     worker that ends is reported when its batch is asked for, not by an exception in the middle of a step.
     """
     received: list[signal.Signals] = []
-    for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
     if hasattr(signal, "SIGCHLD"):
@@ -103,8 +104,9 @@ def catch_stop_signals() -> list[signal.Signals]:
 
 
 def init_worker(worker_id: int) -> None:
-    """``worker_init_fn`` of a DataLoader: leave Ctrl-C to the training process, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """``worker_init_fn`` of a DataLoader: leave stop signals to the training process, and end with it."""
+    for number in {*STOP_SIGNALS} - {signal.SIGTERM}:  # by which Python ends its workers
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
 
 

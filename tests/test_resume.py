@@ -1,5 +1,6 @@
 """A run is stopped, killed and resumed, and loses nothing."""
 
+import itertools
 import os
 import random
 import resource
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EIGHT_ITERATIONS, RUN, entries, free_port, processes_of, same_run, until
+from torch.utils.data import DataLoader
 
+import train
 from ocrnet import InputError, plots
 from ocrnet.checkpoint import MUST_MATCH, check_resumable, load_checkpoint, save_checkpoint
 
@@ -60,7 +63,7 @@ def test_a_signal_to_all_processes_saves_and_leaves(script, data, tmp_path, numb
     running = script("train.py", *flags, wait=False)
     until(lambda: is_training(tmp_path / "run"))
     running.send(number)  # also to the loader worker
-    assert running.wait() == 128 + number
+    assert running.wait() == 128 + number, running.stderr
     iteration = load_checkpoint(tmp_path / "run/last.pt")["iter"]
     assert iteration == entries(tmp_path / "run/log.jsonl")[-1]["iter"] < 1000
     assert f" {iteration}" in running.stdout.splitlines()[-1] and "Traceback" not in running.stderr
@@ -76,6 +79,20 @@ def test_a_killed_data_loader_worker_ends_the_run_of_all_ranks_with_its_state_sa
     assert load_checkpoint(tmp_path / "run/last.pt")["iter"] == entries(tmp_path / "run/log.jsonl")[-1]["iter"]
     [error] = [line for line in running.stderr.splitlines() if line.startswith("error: ")]
     assert "worker" in error and "--resume" in error
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()], ids=repr)
+def test_a_connection_that_a_killed_worker_leaves_ends_the_run_saved(main, data, tmp_path, monkeypatch, error):
+    class Broken(DataLoader):
+        def __iter__(self):
+            yield from itertools.islice(super().__iter__(), 2)
+            raise error
+
+    monkeypatch.setattr(train, "DataLoader", Broken)
+    flags = [*RUN, "--workers", 0, "--max-iters", 9, "--data-path", data, "--output-dir", tmp_path]
+    with pytest.raises(InputError, match="(reset by peer|EOFError).*--resume"):
+        main("train.py", *flags)
+    assert load_checkpoint(tmp_path / "last.pt")["iter"] == 2
 
 
 def test_processes_whose_torchrun_is_killed_save_and_leave(torchrun, data, tmp_path):

@@ -112,7 +112,7 @@ def main() -> None:
     log_path = args.output_dir / "log.jsonl"
     if is_main:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        trim_log(log_path, iteration)
+        trim_log(log_path, iteration, validated)
 
     def log(entry: dict) -> None:
         if is_main:
@@ -173,7 +173,12 @@ def main() -> None:
         if due(args.val_every) and iteration > validated:
             began = time.perf_counter()
             net.eval()
-            confusion, loss = evaluate(forward, val_set, len(table), accelerator, args.workers, criterion)
+            try:
+                confusion, loss = evaluate(forward, val_set, len(table), accelerator, args.workers, criterion)
+            except (RuntimeError, OSError, EOFError):
+                if signals:  # which also ended a data loader worker; last.pt is saved
+                    sys.exit(128 + signals[0])
+                raise
             net.train()
             validated, miou = iteration, confusion.mean_iou()
             if miou > best:

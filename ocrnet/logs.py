@@ -77,10 +77,18 @@ def parse_mmengine_line(line: str, last: int) -> dict:
     return {}
 
 
-def trim_log(path: Path, iteration: int) -> None:
-    """Drop the entries of a log.jsonl after ``iteration``, which a resumed run repeats, and damaged lines."""
+def trim_log(path: Path, iteration: int, validated: int) -> None:
+    """Drop what a resumed run repeats: the entries after ``iteration``, the validations after ``validated``.
+
+    Damaged lines go, too.
+    """
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and parse_json_line(line).get("iter", math.inf) <= iteration]
+
+    def is_kept(line: str) -> bool:
+        entry = parse_json_line(line) if line.endswith("\n") else {}
+        return entry.get("iter", math.inf) <= (validated if entry.get("split") == "val" else iteration)
+
+    kept = [line for line in lines if is_kept(line)]
     if kept != lines:
         with atomic_write(path) as part:
             part.write_text("".join(kept))

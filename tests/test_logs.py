@@ -77,9 +77,17 @@ def test_of_a_repeated_iteration_the_last_entry_counts(tmp_path):
 
 def test_a_log_is_cut_where_the_checkpoint_stands_and_damaged_lines_go_alone(tmp_path):
     path = tmp_path / "log.jsonl"
-    trim_log(path, 3)
+    trim_log(path, 3, 0)
     assert not path.exists()
     lines = [json.dumps({**TRAIN, "iter": i}) + "\n" for i in range(1, 7)]
     path.write_text("".join([*lines[:2], "{damaged\n", *lines[2:], '{"split": "train", "iter": 2']))
-    trim_log(path, 4)
+    trim_log(path, 4, 0)
     assert path.read_text() == "".join(lines[:4])
+
+
+def test_a_validation_that_the_checkpoint_does_not_know_yet_is_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"  # of a run that was killed after the entry, before it saved
+    lines = [json.dumps(entry) + "\n" for entry in (TRAIN, {**VAL, "iter": 50}, {**TRAIN, "iter": 100}, VAL)]
+    path.write_text("".join(lines))
+    trim_log(path, 100, 50)
+    assert path.read_text() == "".join(lines[:3])

@@ -95,6 +95,17 @@ def test_a_connection_that_a_killed_worker_leaves_ends_the_run_saved(main, data,
     assert load_checkpoint(tmp_path / "last.pt")["iter"] == 2
 
 
+def test_a_signal_that_also_ends_a_worker_during_validation_has_its_exit_status(main, data, tmp_path, monkeypatch):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker exited unexpectedly")
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        main("train.py", *RUN, "--workers", 0, "--max-iters", 1, "--data-path", data, "--output-dir", tmp_path)
+    assert exit.value.code == 128 + signal.SIGTERM and load_checkpoint(tmp_path / "last.pt")["iter"] == 1
+
+
 def test_processes_whose_torchrun_is_killed_save_and_leave(torchrun, data, tmp_path):
     flags = [*RUN, "--workers", 0, "--max-iters", 10**6, "--data-path", data, "--output-dir", tmp_path / "run"]
     launcher = torchrun("train.py", *flags, launcher=["--nproc_per_node=1", "--master-port", str(free_port())])

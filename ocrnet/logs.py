@@ -106,37 +106,19 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
     return (sums[stop] - sums[start]) / (stop - start)
 
 
-class Comparison(NamedTuple):
-    """Two smoothed loss curves at the iterations that both cover."""
-
-    final: tuple[float, float]  # the last smoothed loss of each
-    relative: float  # mean of |first - second| / second
-    absolute: float  # mean of |first - second|
-    signed: float  # mean of (first - second) / second
-
-
-def compare_losses(first: Log, second: Log) -> Comparison:
-    """Compare the training losses of two logs, interpolated at the iterations of the first.
+def compare_losses(first: Log, second: Log) -> tuple[np.ndarray, np.ndarray]:
+    """The smoothed training losses of two logs at the iterations of the first that both cover.
 
     Raises:
         InputError: they have no iterations in common.
     """
-    curves = []
-    for log in (first, second):
-        values = [entry["loss"] for entry in log.train]
-        curves.append(
-            (np.array([entry["iter"] for entry in log.train], float), smooth(values, smoothing_window(values)))
-        )
-    (x, a), (other_x, b) = curves
+    x, other_x = (np.array([entry["iter"] for entry in log.train], float) for log in (first, second))
+    losses = ([entry["loss"] for entry in log.train] for log in (first, second))
+    a, b = (smooth(values, smoothing_window(values)) for values in losses)
     common = (x >= other_x.min(initial=np.inf)) & (x <= other_x.max(initial=-np.inf))
     if not common.any():
-        raise InputError(
-            f"--compare: expected logs of the same iterations, found none in {first.name} and {second.name}"
-        )
-    a, b = a[common], np.interp(x[common], other_x, b)
-    difference = a - b
-    relative = difference / b
-    return Comparison((a[-1], b[-1]), abs(relative).mean(), abs(difference).mean(), relative.mean())
+        raise InputError(f"--compare: expected logs of the same iterations, found none in {first.name}, {second.name}")
+    return a[common], np.interp(x[common], other_x, b)
 
 
 def smoothing_window(values: Sequence[float]) -> int:

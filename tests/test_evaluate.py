@@ -115,9 +115,9 @@ def test_the_model_in_the_box_says_what_it_is(main, tmp_path, capsys):
 
 
 @pytest.mark.skipif("CAMVID" not in os.environ, reason="CAMVID names the prepared data set")
-def test_the_model_in_the_box_has_its_score(main, tmp_path):
+def test_the_model_in_the_box_has_its_score(script, tmp_path):
     flags = ["--ckpt", ROOT / ".assets/camvid.pt", "--data-path", os.environ["CAMVID"], "--device", "cpu"]
-    main("evaluate.py", *flags, "--json", tmp_path / "x.json")
+    script("evaluate.py", *flags, "--json", tmp_path / "x.json", processes=2)
     assert json.loads((tmp_path / "x.json").read_text())["mIoU"] == pytest.approx(0.7008, abs=1e-3)
 
 

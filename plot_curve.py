@@ -24,21 +24,26 @@ def main() -> None:
     parser.add_argument(
         "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or mmengine's log"
     )
-    parser.add_argument("--output", type=Path, metavar="PNG", help="None: curve.png beside the first log")
+    parser.add_argument(
+        "--output", type=Path, metavar="PNG", help="None: curve.png beside the first log, unless --compare"
+    )
     parser.add_argument("--compare", action="store_true", help="the loss of two logs; exits with 1 if they differ")
     args = parser.parse_args()
     if args.compare and len(args.logs) != 2:
         parser.error(f"--compare: expected two logs, found {len(args.logs)}")
+    if args.output and args.output.suffix.lower() != ".png":
+        parser.error(f"--output: expected a name that ends with .png, found {args.output}")
     logs = [read_log(path) for path in args.logs]
     names = [log.name for log in logs]
     logs = [log._replace(name=str(path)) if names.count(log.name) > 1 else log for log, path in zip(logs, args.logs)]
-    first = args.logs[0]
-    output = args.output or (first if first.is_dir() else first.parent) / "curve.png"
-    plot_curves(logs, output)
     for log in logs:
         best = f", best mIoU {max(entry['mIoU'] for entry in log.val):.2%}" if log.val else ""
         print(f"{log.name}: {len(log.train)} training entries, {len(log.val)} validations{best}")
-    print(f"wrote {output}")
+    if args.output or not args.compare:
+        first = args.logs[0]
+        output = args.output or (first if first.is_dir() else first.parent) / "curve.png"
+        plot_curves(logs, output)
+        print(f"wrote {output}")
     if args.compare and not print_comparison(*logs):
         sys.exit(1)
 

@@ -212,7 +212,7 @@ def main() -> None:
         bar.update()
         stopped = stop_requested()
 
-        if due(args.log_every):
+        if due(args.log_every) or stopped:
             loss, final, aux = accelerator.sum(losses / (steps * accelerator.world_size)).tolist()
             seconds = time.perf_counter() - since
             speed, waiting = steps * global_batch / seconds, waited / seconds
@@ -224,7 +224,7 @@ def main() -> None:
                 left = timedelta(seconds=round((args.max_iters - iteration) * seconds / steps))
                 print0(f"iter {iteration}/{args.max_iters}  {text}  {left} left")
             if not math.isfinite(loss):
-                raise InputError(f"--lr {args.lr}: the loss is {loss}: try a lower one, or --no-amp; {last} stays")
+                raise InputError(f"--lr {args.lr}: the loss is {loss}: add --resume, and a lower --lr or --no-amp")
             losses, steps, waited, since = torch.zeros(3, device=device), 0, 0.0, time.perf_counter()
         if due(args.save_every) or due(args.val_every) or stopped:
             save("last.pt")

@@ -17,7 +17,7 @@ from . import InputError
 from .data.classes import ClassTable
 from .data.datasets import EvalDataset, find_images, image_folder, image_size, split_folder
 from .device import Accelerator
-from .inference import Forward, predict_file, rank_shard, save_png
+from .inference import Forward, check_folder, predict_file, rank_shard, save_png
 from .metrics import ConfusionMatrix
 from .script import fitting_workers, init_worker
 
@@ -73,9 +73,9 @@ def sample_predictions(forward: Forward, dataset: EvalDataset, count: int = 4) -
 
     uint8 (H, W, 3), then train ids (H, W). With FCNHead there is no auxiliary output.
     """
-    samples = []
-    for i in range(0, len(dataset), max(len(dataset) // count, 1))[:count]:
-        image, label = dataset[i]
+    samples, count = [], min(count, len(dataset))
+    for i in range(count):
+        image, label = dataset[i * len(dataset) // count]
         predictions = (logits[0].argmax(0).cpu().numpy() for logits in forward(image[None]))
         samples.append((image.permute(1, 2, 0).numpy(), label.numpy(), *predictions))
     return samples
@@ -102,9 +102,11 @@ def export_targets(root: Path, split: str, folder: Path) -> dict[Path, Path]:
 def export_ids(forward: Forward, targets: Mapping[Path, Path], table: ClassTable, accelerator: Accelerator) -> None:
     """Write the label ids of each image, or the colors of its classes if one of them has no id."""
     labels = table.palette if min(table.ids) < 0 else np.array(table.ids, np.uint8)  # by train id
+    for image, target in targets.items():
+        check_folder(target.parent, [image])
     for image, target in rank_shard(list(targets.items()), accelerator, "exporting"):
         save_png(labels[predict_file(forward, image)[1]], target)
-    accelerator.print0(f"{len(targets)} images of label ids, the first is {next(iter(targets.values()))}")
+    accelerator.print0(f"{len(targets)} PNGs, the first is {next(iter(targets.values()))}")
 
 
 # ---- scores as numbers and as a table --------------------------------------------------------------------------------

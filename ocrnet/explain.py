@@ -16,7 +16,7 @@ from . import InputError
 from .data.classes import IGNORE_INDEX, ClassTable, read_classes
 from .data.datasets import find_sample_of, read_image, read_sample, to_tensor
 from .device import Accelerator
-from .inference import forward_image, list_images, rank_shard, scaled_size
+from .inference import check_folder, forward_image, list_images, rank_shard, scaled_size
 from .plots import IGNORED, class_legend, draw_matrix, error_map, image_axes, plt, save_figure, show_images
 
 CORRECTED, BROKEN = (0, 150, 0), (220, 0, 0)  # green, red
@@ -68,6 +68,7 @@ def explain_images(
     if model.config["head"] != "ocr":
         raise InputError(f"--explain: expected a model with head ocr, found {model.config['head']}: use --save")
     images = list_images(paths)
+    check_folder(folder, images)
     folder.mkdir(parents=True, exist_ok=True)
     for path in rank_shard(images, accelerator, "explaining"):
         image = read_image(path)
@@ -144,12 +145,12 @@ def draw_relation(
     where.set_axis_off()
     rows, names = [], []
     for number, (x, y) in enumerate(pixels, 1):
-        where.plot(x, y, "o", color="white", markersize=13, markeredgecolor="black")
+        where.plot(x, y, "o", color="white", markersize=13, markeredgecolor="black", clip_on=False)
         where.text(x, y, number, ha="center", va="center", fontsize=8)
         i, j = y * w.shape[1] // image.shape[0], x * w.shape[2] // image.shape[1]
         rows.append(w[:, i, j])
         names.append(f"{number}: {table.names[final[y, x]]} ({x}, {y})")
-    top = float(np.max(rows))  # not 1: a nearly uniform relation would look black
+    top = max(float(np.max(rows)), 2 / len(table))  # not 1: a nearly uniform relation would look black
     drawn = draw_matrix(matrix, np.array(rows), names, table.names, top, "{:.2f}", "magma")
     matrix.set(xlabel="region", ylabel="pixel: its prediction (x, y)")
     bar = fig.colorbar(drawn, ax=matrix, label="w, the pixel's relation to the region; a row sums to 1")

@@ -144,6 +144,13 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     return list(images.values())
 
 
+def check_folder(folder: Path, images: Iterable[Path]) -> None:
+    """Raise InputError if one of the images is in ``folder``, where outputs would be taken for images."""
+    for image in images:
+        if image.parent.resolve() == folder.resolve():
+            raise InputError(f"{folder}: holds {image.name}: choose another folder for what is made of it")
+
+
 def rank_shard(items: Sequence, accelerator: Accelerator, description: str) -> Iterable:
     """Every world_size-th item from this rank on, with a progress bar on rank 0."""
     shard = items[accelerator.rank :: accelerator.world_size]
@@ -175,6 +182,7 @@ def color_images(
         InputError: an image is invalid, or would be overwritten.
     """
     images = list_images(paths)
+    check_folder(folder, images)
     names = [name for path in images for name in (path.stem, f"{path.stem}_overlay")]
     if len({*names, "legend"}) <= len(names):
         raise InputError(f"--images: expected names whose outputs differ, found {', '.join(sorted(names))}: rename one")

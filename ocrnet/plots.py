@@ -58,6 +58,7 @@ def save_figure(fig: plt.Figure, path: Path) -> None:
         InputError: the file exists, and this program has not written it.
     """
     check_output(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100, metadata={"Software": SOFTWARE})
     plt.close(fig)
 
@@ -75,7 +76,9 @@ def class_legend(fig: plt.Figure, classes: Iterable[int], table: ClassTable) -> 
     patches = [Patch(facecolor=table.palette[k] / 255, edgecolor="0.5", label=table.names[k]) for k in classes]
     longest = max((len(table.names[k]) for k in classes), default=1)
     columns = max(int(fig.get_figwidth() / (0.075 * longest + 0.55)), 1)  # inches of a name in this font
-    fig.set_figheight(fig.get_figheight() + 0.2 * (len(classes) // columns))
+    rows = -(-len(classes) // columns)
+    columns = -(-len(classes) // max(rows, 1)) or 1  # as few as fill these rows
+    fig.set_figheight(fig.get_figheight() + 0.2 * max(rows - 1, 0))
     fig.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 

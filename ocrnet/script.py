@@ -50,6 +50,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Run ``main``. An InputError, an OSError or a lack of memory is printed as one line, and the exit status is 1."""
     try:
         return main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (InputError, OSError) as error:
         # a data loader worker prepends its traceback, whose last line is the error
         message = str(error).strip().splitlines()[-1].removeprefix("ocrnet.InputError: ")

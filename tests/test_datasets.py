@@ -79,6 +79,10 @@ def test_without_folders_of_splits_a_fifth_is_for_validation_by_name(tmp_path):
     for split, samples in before.items():
         assert set(samples) < set(find_samples(tmp_path, split))
     assert len(before["train"]) + len(before["val"]) == 40 and 4 <= len(before["val"]) <= 12
+    shutil.rmtree(tmp_path / "images")
+    save(tmp_path / "images/0.jpg", np.zeros((2, 4, 3)))
+    with pytest.raises(InputError, match=f"^{tmp_path / 'images'}: none of 1 .*val"):
+        find_samples(tmp_path, "val")
 
 
 def test_reading_writes_nothing(root):

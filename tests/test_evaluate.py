@@ -49,6 +49,11 @@ def test_a_split_without_labeled_pixels_is_no_score(main, trained, data, tmp_pat
         main("evaluate.py", "--ckpt", trained / "last.pt", "--data-path", tmp_path, "--device", "cpu")
 
 
+def test_a_data_set_that_is_not_there_is_named(main, trained, tmp_path):
+    with pytest.raises(InputError, match=f"^--data-path {tmp_path / 'missing'}: "):
+        main("evaluate.py", "--ckpt", trained / "last.pt", "--data-path", tmp_path / "missing", "--device", "cpu")
+
+
 def test_scores_are_not_written_over_something_else(main, trained, data, tmp_path):
     (tmp_path / "x.json").write_text("[]")
     flags = ["--ckpt", trained / "last.pt", "--data-path", data, "--device", "cpu"]

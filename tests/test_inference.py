@@ -183,8 +183,9 @@ def test_only_own_outputs_are_overwritten(cpu, tmp_path):
     before = paths[0].read_bytes()
     for _ in range(2):  # the second time over its own images
         color_images(by_red, paths, tmp_path / "out", CITYSCAPES, cpu)
-    with pytest.raises(InputError, match=f"^{paths[0]}: "):
-        color_images(by_red, paths, tmp_path, CITYSCAPES, cpu)
+    Image.open(paths[0]).save(tmp_path / "out/b.png")
+    with pytest.raises(InputError, match=f"^{tmp_path / 'out/b.png'}: "):
+        color_images(by_red, save_images(tmp_path, "b.png"), tmp_path / "out", CITYSCAPES, cpu)
     assert paths[0].read_bytes() == before
     with pytest.raises(InputError, match="^--images: "):  # the overlay of a.png would be both
         color_images(by_red, [*paths, *save_images(tmp_path, "a_overlay.png")], tmp_path / "new", CITYSCAPES, cpu)
@@ -228,6 +229,15 @@ def test_export_writes_label_ids(cpu, data, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in images}
     train_ids = np.asarray(Image.open(images[0]))[..., 0] % 19
     assert np.array_equal(Image.open(tmp_path / images[0].name), np.array(CITYSCAPES.ids)[train_ids])
+
+
+def test_outputs_are_not_written_among_the_images(cpu, tmp_path):
+    [path] = save_images(tmp_path, "a.jpg")  # a.png beside it would be an image of the same name
+    with pytest.raises(InputError, match=f"^{tmp_path}: "):
+        color_images(by_red, [path], tmp_path, CITYSCAPES, cpu)
+    with pytest.raises(InputError, match=f"^{tmp_path}: "):
+        export_ids(by_red, {path: tmp_path / "a.png"}, CITYSCAPES, cpu)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_images_of_one_name_in_two_cities_are_not_exported(cpu, data, tmp_path):

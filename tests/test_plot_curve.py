@@ -7,7 +7,6 @@ import shutil
 import pytest
 from PIL import Image
 
-import plot_curve
 from ocrnet import InputError
 
 TRAIN = [{"split": "train", "iter": i, "loss": 3 / i, "lr": 0.01 / i} for i in (1, 2, 3, 4)]
@@ -35,13 +34,7 @@ def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys)
     Image.open(tmp_path / "both.png").verify()
 
 
-@pytest.fixture
-def no_figure(monkeypatch):
-    """Skips the figure, which takes a second."""
-    monkeypatch.setattr(plot_curve, "plot_curves", lambda *args: None)
-
-
-def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsys, no_figure):
+def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsys):
     def log(name, factors):
         (tmp_path / name).mkdir()
         lines = [{**entry, "loss": entry["loss"] * factor} for entry, factor in zip(TRAIN, factors)]
@@ -49,7 +42,7 @@ def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsy
         return tmp_path / name
 
     main("plot_curve.py", log("close", [1.04, 0.98, 1.01, 0.97]), logs[0], "--compare")
-    assert "2.50%" in capsys.readouterr().out
+    assert "2.50%" in capsys.readouterr().out and not list(tmp_path.rglob("*.png"))
     for name, factors in (("lower", [0.6] * 4), ("crossing", [1.2, 0.8, 1.2, 0.8])):  # whose signed means pass
         with pytest.raises(SystemExit) as error:
             main("plot_curve.py", log(name, factors), logs[0], "--compare")
@@ -60,7 +53,7 @@ def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsy
     main("plot_curve.py", log("tiny", [1.1e-3, 1e-3, 1e-3, 1e-3]), tmp_path / "small", "--compare")  # 0.000075 apart
 
 
-def test_a_loss_that_is_not_a_number_is_not_equal(main, logs, tmp_path, no_figure):
+def test_a_loss_that_is_not_a_number_is_not_equal(main, logs, tmp_path):
     (tmp_path / "nan").mkdir()
     lines = [{**entry, "loss": float("nan")} for entry in TRAIN]
     (tmp_path / "nan/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -71,9 +64,10 @@ def test_a_loss_that_is_not_a_number_is_not_equal(main, logs, tmp_path, no_figur
 
 
 def test_logs_to_compare_are_two_of_the_same_iterations(main, logs, tmp_path):
-    with pytest.raises(SystemExit) as error:
-        main("plot_curve.py", logs[0], "--compare")
-    assert error.value.code == 2
+    for flags in (["--compare"], ["--output", tmp_path / "curve.svg"]):
+        with pytest.raises(SystemExit) as error:
+            main("plot_curve.py", logs[0], *flags)
+        assert error.value.code == 2
     (tmp_path / "late.log").write_text(MMENGINE.replace("[ 1/", "[ 40/"))
     with pytest.raises(InputError, match="^--compare: "):
         main("plot_curve.py", logs[0], tmp_path / "late.log", "--compare")
@@ -104,7 +98,8 @@ def test_only_own_figures_are_overwritten(main, logs, tmp_path):
     for _ in range(2):
         main("plot_curve.py", *logs, "--output", tmp_path / "curve.png")
     Image.new("RGB", (3, 3)).save(tmp_path / "photo.png")
-    for name in ("photo.png", "original.log"):
+    (tmp_path / "text.png").write_text("mine")
+    for name in ("photo.png", "text.png"):
         before = (tmp_path / name).read_bytes()
         with pytest.raises(InputError, match=f"^{tmp_path / name}: "):
             main("plot_curve.py", *logs, "--output", tmp_path / name)

@@ -89,10 +89,11 @@ def test_a_connection_that_a_killed_worker_leaves_ends_the_run_saved(main, data,
             raise error
 
     monkeypatch.setattr(train, "DataLoader", Broken)
-    flags = [*RUN, "--workers", 0, "--max-iters", 9, "--data-path", data, "--output-dir", tmp_path]
+    flags = [*RUN, "--workers", 0, "--max-iters", 9, "--log-every", 9, "--data-path", data, "--output-dir", tmp_path]
     with pytest.raises(InputError, match="(reset by peer|EOFError).*--resume"):
         main("train.py", *flags)
     assert load_checkpoint(tmp_path / "last.pt")["iter"] == 2
+    assert [entry["iter"] for entry in entries(tmp_path / "log.jsonl")] == [2]  # what the next entry does not cover
 
 
 def test_a_signal_that_also_ends_a_worker_during_validation_has_its_exit_status(main, data, tmp_path, monkeypatch):

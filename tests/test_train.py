@@ -280,6 +280,15 @@ def test_a_lack_of_memory_is_one_line_with_the_flags_that_help(error):
         run_script(run)
 
 
+def test_ctrl_c_ends_with_the_exit_status_of_its_signal():
+    def run():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as error:
+        run_script(run)
+    assert error.value.code == 130
+
+
 def test_a_cpu_without_memory_is_one_line_and_another_error_keeps_its_traceback():
     with pytest.raises(SystemExit, match="^error: out of memory"):
         run_script(lambda: torch.empty(2**50))

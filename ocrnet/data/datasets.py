@@ -91,7 +91,10 @@ def find_images(root: Path, split: str) -> list[Path]:
     endings = IMAGE_SUFFIXES if image_folder(root).name == "images" else ("_leftImg8bit.png",)
     images = [path for path in list_files(folder) if path.name.lower().endswith(tuple(map(str.lower, endings)))]
     if folder.name == "images":  # by the name, so that an image stays where it is when others are added
-        images = [path for path in images if (zlib.crc32(path.stem.encode()) % 5 == 0) == (split == "val")]
+        drawn = [path for path in images if (zlib.crc32(path.stem.encode()) % 5 == 0) == (split == "val")]
+        if images and not drawn:
+            raise InputError(f"{folder}: none of {len(images)} names is drawn for {split}: make folders train and val")
+        images = drawn
     if not images:
         raise InputError(
             f"{folder}: expected images ({', '.join(endings)}), found none; ocrnet/data/datasets.py shows the layouts, "

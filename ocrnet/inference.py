@@ -67,7 +67,7 @@ def make_forward(
             outputs = network(image.contiguous(memory_format=torch.channels_last))
             return tuple(resize(logits, own_size) for logits in outputs) if long_side else outputs
         for scale in scales:
-            new_size = [int(side * scale + 0.5) for side in size]
+            new_size = [max(int(side * scale + 0.5), 1) for side in size]
             scaled = F.interpolate(image, size=new_size, mode="bilinear", align_corners=False)
             for flipped in (False, True) if flip else (False,):
                 x = scaled.flip(3) if flipped else scaled

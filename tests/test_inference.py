@@ -101,6 +101,8 @@ def test_scales_are_averaged_as_softmaxes(cpu, image):
     parts = [probabilities(model, image, cpu, scales=[scale]) for scale in (0.5, 1, 2)]
     torch.testing.assert_close(probabilities(model, image, cpu, scales=[0.5, 1, 2]), sum(parts) / 3)
     assert model.sizes[:3] == [(10, 17), (20, 33), (40, 66)]
+    probabilities(model, image, cpu, scales=[0.01])
+    assert model.sizes[-1] == (1, 1)
 
 
 # ---- sliding window --------------------------------------------------------------------------------------------------

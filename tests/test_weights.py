@@ -336,12 +336,14 @@ def test_file_that_is_no_checkpoint_is_named_and_described(tmp_path, content, fo
     assert re.match(f"{path}: .*{found}", refused(load_checkpoint, path))
 
 
-def test_incomplete_or_other_dicts_are_refused(tmp_path, saved):
+def test_incomplete_or_other_dicts_are_refused(tmp_path, saved, monkeypatch):
     content = saved({"model": {"x": torch.zeros(1000)}, "config": {}}).read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[:2000])
     for path in (tmp_path / "cut.pt", tmp_path / "absent.pt", tmp_path, saved({"something": 1})):
         for load in (load_checkpoint, load_model):
             assert str(path) in refused(load, path)
+    monkeypatch.chdir(tmp_path.parent)  # a folder's name is no name of hub.py
+    assert "best.pt" in refused(load_model, tmp_path.name)
 
 
 # ---- checkpoints of this project -------------------------------------------------------------------------------------

@@ -76,11 +76,11 @@ def read_file(source: Path | str, model: str | None = None) -> Any:
         InputError: there is no such file or name, it cannot be downloaded, or it does not load without running code.
     """
     path, url = Path(source), None
+    if path.is_dir():
+        raise InputError(f"{path}: expected a file, found a folder: the weights of a run are its best.pt")
     if not path.is_file() and not path.suffix and len(path.parts) == 1:
         url = url_of(str(source), model)
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if path.is_dir():
-        raise InputError(f"{path}: expected a file, found a folder: the weights of a run are its best.pt")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

@@ -4,7 +4,7 @@ import ast
 import json
 
 import pytest
-from conftest import RUN, entries
+from conftest import RUN, entries, error_of
 from exercises.ablation import EXERCISES, FOLDER
 
 CHECK = """
@@ -76,6 +76,12 @@ samples = EvalDataset(find_samples(Path({str(data)!r}), "val"), CITYSCAPES)
 print(evaluate.evaluate(forward, samples, 19, Accelerator("cpu"), 2)[0].pixel_accuracy())
 """
     assert check("ground_truth", code) == 1
+
+
+@pytest.mark.parametrize("flag", ["--flip", "--images"])
+def test_a_label_that_does_not_fit_the_input_is_refused(script, flag):
+    done = script(FOLDER / "ground_truth.py", "evaluate", "--ckpt", "x.pt", flag, ok=False)
+    assert error_of(done).startswith(f"error: {flag}: ")
 
 
 def test_another_width_is_a_line(check):

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate as evaluate_script
 import train as train_script
 from ocrnet.data.datasets import EvalDataset
+from ocrnet.device import Accelerator
 from ocrnet.models import OCRHead
 from ocrnet.script import run_script
 
@@ -33,10 +33,12 @@ def run() -> None:
 
 def keep_labels() -> None:
     """From now on ``OCRHead.label``, (B, H, W), is the label of the images in each training or validation step."""
+    if given := {"--images", "--export", "--flip", "--scales", "--slide"} & {*sys.argv}:
+        sys.exit(f"error: {given.pop()}: the solution needs the label of the whole image: leave it out")
     to_device, get_item, evaluate = train_script.to_device, EvalDataset.__getitem__, train_script.evaluate
 
-    def to_device_keeping_label(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        image, OCRHead.label = to_device(batch, device)
+    def to_device_keeping_label(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+        image, OCRHead.label = to_device(batch, accelerator)
         return image, OCRHead.label
 
     def get_item_keeping_label(dataset: EvalDataset, index: int) -> tuple[Tensor, ...]:
@@ -48,6 +50,7 @@ def keep_labels() -> None:
         # without workers an image is read in this process, right before its prediction
         return evaluate(forward, dataset, num_classes, accelerator, 0, criterion)
 
+    Accelerator.graph = lambda accelerator, function: function  # a recorded forward pass would keep the first label
     train_script.to_device = to_device_keeping_label
     EvalDataset.__getitem__ = get_item_keeping_label
     train_script.evaluate = evaluate_script.evaluate = evaluate_in_process

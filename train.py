@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 4 train.py            the recipe: 4 devices, 2 images each, 40,000 iterations
     torchrun --nproc_per_node 4 train.py --resume   continue a stopped run
 
-Writes log.jsonl, last.pt, best.pt, curve.png, samples.png and scores.png to --output-dir. SIGTERM, Ctrl-C and other
-stop signals save last.pt after the current iteration and exit with 128 + their number.
+Writes log.jsonl, last.pt and best.pt to --output-dir, and with each validation curve.png, samples.png and scores.png.
+SIGTERM, Ctrl-C and other stop signals save last.pt after the current iteration and exit with 128 + their number.
 
 Three ideas before the loop. ``net`` is what is saved and validated, ``model`` is ``net`` compiled and wrapped. A crop
 depends on (seed, epoch, index) only, and dropout is seeded anew in each iteration, so no generator has a state to save.
@@ -166,7 +166,7 @@ def main() -> None:
         pin_memory=device.type != "cpu", worker_init_fn=init_worker,
     ))  # fmt: skip
     batch = next(batches)
-    signals, failure, stopped, confusion, next_batch = catch_stop_signals(), None, False, None, None
+    signals, failure, stopped, next_batch = catch_stop_signals(), None, False, None
     bar = tqdm(total=args.max_iters, initial=iteration, unit="it", smoothing=0.05, disable=None if is_main else True)
     losses, steps, waited, since = torch.zeros(3, device=device), 0, 0.0, time.perf_counter()
     while not stopped:
@@ -179,14 +179,18 @@ def main() -> None:
                 if signals:  # which also ended a data loader worker; last.pt is saved
                     sys.exit(128 + signals[0])
                 raise
-            net.train()
             validated, miou = iteration, confusion.mean_iou()
             if miou > best:
                 best = miou
                 save("best.pt")
             iou = without_nan(table.names, confusion.iou())
             log({"split": "val", "iter": iteration, "mIoU": miou, "loss": loss, "IoU": iou})
+            if is_main:
+                from ocrnet.plots import draw_run  # only here: matplotlib is slow to import
+
+                draw_run(args.output_dir, forward, val_set, confusion)
             save("last.pt")
+            net.train()
             print0(
                 f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}, loss {loss:.4f}"
             )
@@ -234,10 +238,6 @@ def main() -> None:
     if stopped:
         print0(f"stopped after iteration {iteration}: continue with --resume")
     elif is_main:
-        from ocrnet.plots import draw_run  # only here: matplotlib is slow to import
-
-        net.eval()
-        draw_run(args.output_dir, forward, val_set, confusion)
         files = ", ".join(sorted(path.name for path in args.output_dir.iterdir()))
         print0(f"best mIoU {best:.2%}; wrote {args.output_dir}/: {files}")
     accelerator.close()

@@ -99,12 +99,11 @@ def draw_matrix(
 # ---- figures of a run ------------------------------------------------------------------------------------------------
 
 
-def draw_run(folder: Path, forward: Forward, dataset: EvalDataset, confusion: ConfusionMatrix | None) -> None:
-    """curve.png and samples.png of a run and, if there is a confusion matrix, scores.png, in its folder."""
+def draw_run(folder: Path, forward: Forward, dataset: EvalDataset, confusion: ConfusionMatrix) -> None:
+    """curve.png, samples.png and scores.png of a run, in its folder."""
     plot_curves([read_log(folder)], folder / "curve.png")
     save_samples(folder / "samples.png", sample_predictions(forward, dataset), dataset.table)
-    if confusion:
-        save_scores(folder / "scores.png", confusion, dataset.table, "last.pt")
+    save_scores(folder / "scores.png", confusion, dataset.table, "last.pt")
 
 
 def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: ClassTable) -> None:

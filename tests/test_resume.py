@@ -23,7 +23,7 @@ TWO_AS_ONE = ["--workers", 0, "--accum-steps", 2]  # one process with the global
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Skips the figures at the end of a run, which take seconds."""
+    """Skips the figures of a run, which take seconds."""
     monkeypatch.setattr(plots, "draw_run", lambda *args: None)
 
 
@@ -217,7 +217,7 @@ def test_a_folder_with_a_part_of_a_run_is_not_written_to(main, data, trained, tm
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(main, trained, tmp_path, data):
+def test_a_full_disk_leaves_the_last_checkpoint(main, trained, tmp_path, data, no_figures):
     folder = copy_at(trained, tmp_path / "run", validated=4)  # resuming validates and saves
     before = (folder / "last.pt").read_bytes()
     flags = [*EIGHT_ITERATIONS, *TWO_AS_ONE, "--data-path", data, "--output-dir", folder, "--resume"]

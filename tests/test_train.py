@@ -15,7 +15,7 @@ from conftest import RUN, entries, error_of
 from PIL import Image
 
 import train
-from ocrnet import InputError
+from ocrnet import InputError, plots
 from ocrnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from ocrnet.data.classes import CITYSCAPES, balanced_weights
 from ocrnet.data.datasets import EvalDataset, InfiniteSampler, find_samples, read_label
@@ -179,6 +179,20 @@ def test_training_starts_from_the_weights_and_ends_with_the_score_and_the_files(
         assert torch.equal(first["model"][name], last["model"][name])
     printed = capsys.readouterr().out.splitlines()[-1]
     assert f"{last['best']:.2%}" in printed and all(path.name in printed for path in tmp_path.iterdir())
+
+
+def test_figures_are_drawn_with_each_validation_before_the_checkpoint_knows_it(main, data, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(folder, forward, dataset, confusion):
+        drawn.append(
+            (load_checkpoint(folder / "last.pt")["validated"], entries(folder / "log.jsonl", "val")[-1]["iter"])
+        )
+
+    monkeypatch.setattr(plots, "draw_run", draw)
+    flags = ["--workers", 0, "--max-iters", 2, "--val-every", 1, "--data-path", data, "--output-dir", tmp_path]
+    main("train.py", *RUN, *flags)
+    assert drawn == [(0, 1), (1, 2)]
 
 
 def test_the_loss_of_validation_is_that_of_whole_images(trained, data):

@@ -54,7 +54,9 @@ def main() -> None:
         write_dataset(root)
     for name, ending in ZIPS.items() if args.zips else ():
         unpack(args.zips / name, ending, root)
-    splits = sorted(path.name for path in image_folder(root).glob("*") if path.is_dir())
+    splits = sorted(
+        path.name for path in image_folder(root).glob("*") if path.is_dir() and not path.name.startswith(".")
+    )
     if split_folder(root, "train").name == "images":
         splits = ["train", "val"]  # drawn by name
     if not splits:
@@ -111,11 +113,13 @@ def print_starter(root: Path) -> None:
     for image in tqdm(find_images(root, "train"), desc="values", disable=None):
         label = open_image(label_paths(image, root)[0])
         label = label.convert("RGB") if label.mode == "RGBA" else label
+        if label.mode not in ("L", "P", "RGB"):
+            raise InputError(f"{image}: expected a label of one 8-bit channel, or RGB, found mode {label.mode}")
         counts.update({value: count for count, value in label.getcolors(label.width * label.height)})
     for value, count in counts.most_common(254):
         print(f"{count / counts.total():8.3%} of the pixels are {value}")
     rows = []
-    for k, value in enumerate(sorted(value for value, _ in counts.most_common(254))):
+    for k, value in enumerate(sorted((value for value, _ in counts.most_common(254)), key=str)):
         is_color = isinstance(value, tuple)
         color = value if is_color else CITYSCAPES.palette[k % len(CITYSCAPES)].tolist()
         rows.append({"name": f"class {k}", "id": -1 if is_color else value, "train_id": k, "color": color})

@@ -165,7 +165,7 @@ def main() -> None:
         train_set, args.batch_size * args.accum_steps, sampler=sampler, num_workers=workers,
         pin_memory=device.type != "cpu", worker_init_fn=init_worker,
     ))  # fmt: skip
-    batch = next(batches)
+    batch = next(batches) if iteration < args.max_iters else None
     signals, failure, stopped, next_batch = catch_stop_signals(), None, False, None
     bar = tqdm(total=args.max_iters, initial=iteration, unit="it", smoothing=0.05, disable=None if is_main else True)
     losses, steps, waited, since = torch.zeros(3, device=device), 0, 0.0, time.perf_counter()
@@ -200,7 +200,7 @@ def main() -> None:
 
         asked = time.perf_counter()
         try:
-            next_batch = next(batches)
+            next_batch = next(batches) if iteration + 1 < args.max_iters else None
         except (RuntimeError, OSError, EOFError, InputError) as error:  # a killed data loader worker, an invalid file
             failure = error
         waited += time.perf_counter() - asked

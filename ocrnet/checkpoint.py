@@ -85,7 +85,9 @@ def restore_model(state: dict, path: Path) -> OCRNet:
         model.load_state_dict(state["model"], assign=True)  # with their memory format, which affects the last bit
         model.float()  # half-precision tensors
     except (InputError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: its tensors do not fit its 'config' ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{path}: its tensors do not fit its 'config' ({' '.join(str(error).split())[:300]})"
+        ) from None
     check_finite(model.state_dict(), path)
     return model
 

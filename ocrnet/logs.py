@@ -38,10 +38,11 @@ def read_log(path: Path) -> Log:
     name = folders[0].name if path.suffix == ".jsonl" else path.stem
     if re.fullmatch(r"\d{8}_\d{6}", name) and len(folders) > 1:  # WORK_DIR/20240501_100000/20240501_100000.log
         name = folders[1].name
-    train, val = {}, {}  # iteration -> entry; of an iteration that was repeated the last counts
+    train, val, last = {}, {}, 0  # iteration -> entry; of an iteration that was repeated the last counts
     for line in lines:
-        entry = parse_json_line(line) or parse_mmengine_line(line, max(train, default=0))
+        entry = parse_json_line(line) or parse_mmengine_line(line, last)
         if entry.get("split") == "train":
+            last = entry["iter"]
             train[entry["iter"]] = entry
         elif entry.get("split") == "val" and entry.get("mIoU") is not None:  # None: no valid pixels
             val[entry["iter"]] = entry
@@ -95,15 +96,17 @@ def trim_log(path: Path, iteration: int, validated: int) -> None:
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """Running mean over the last ``window`` values (fewer at the beginning).
+    """Running mean over the finite ones of the last ``window`` values (fewer at the beginning), nan without any.
 
     >>> smooth([4, 2, 0, 0], window=2).tolist()
     [4.0, 3.0, 1.0, 0.0]
     """
-    sums = np.cumsum(np.concatenate([[0.0], values]))
+    finite = np.isfinite(values)
+    sums, counts = (np.cumsum([0, *x]) for x in (np.where(finite, values, 0.0), finite))
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(stop - window, 0)
-    return (sums[stop] - sums[start]) / (stop - start)
+    with np.errstate(invalid="ignore"):
+        return (sums[stop] - sums[start]) / (counts[stop] - counts[start])
 
 
 def compare_losses(first: Log, second: Log) -> tuple[np.ndarray, np.ndarray]:
@@ -112,13 +115,16 @@ def compare_losses(first: Log, second: Log) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: they have no iterations in common.
     """
-    x, other_x = (np.array([entry["iter"] for entry in log.train], float) for log in (first, second))
-    losses = ([entry["loss"] for entry in log.train] for log in (first, second))
-    a, b = (smooth(values, smoothing_window(values)) for values in losses)
-    common = (x >= other_x.min(initial=np.inf)) & (x <= other_x.max(initial=-np.inf))
-    if not common.any():
+    iterations = [[entry["iter"] for entry in log.train] for log in (first, second)]
+    low, high = max(min(x, default=math.inf) for x in iterations), min(max(x, default=-math.inf) for x in iterations)
+    common = [[entry for entry in log.train if low <= entry["iter"] <= high] for log in (first, second)]
+    if not all(common):
         raise InputError(f"--compare: expected logs of the same iterations, found none in {first.name}, {second.name}")
-    return a[common], np.interp(x[common], other_x, b)
+    x, other_x = ([entry["iter"] for entry in entries] for entries in common)
+    losses = ([entry["loss"] for entry in entries] for entries in common)
+    # 0 * values: a loss that is not finite is equal to none
+    a, b = (smooth(values, smoothing_window(values)) + 0 * np.array(values) for values in losses)
+    return a, np.interp(x, other_x, b)
 
 
 def smoothing_window(values: Sequence[float]) -> int:

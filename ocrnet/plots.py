@@ -187,6 +187,6 @@ def plot_curves(logs: Sequence[Log], path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-        else:
+        elif not axis.lines:
             axis.text(0.5, 0.5, "none in the log", transform=axis.transAxes, ha="center", color="gray")
     save_figure(fig, path)

@@ -79,6 +79,8 @@ def test_without_folders_of_splits_a_fifth_is_for_validation_by_name(tmp_path):
     for split, samples in before.items():
         assert set(samples) < set(find_samples(tmp_path, split))
     assert len(before["train"]) + len(before["val"]) == 40 and 4 <= len(before["val"]) <= 12
+    with pytest.raises(InputError, match="^--split test: "):
+        find_samples(tmp_path, "test")
     shutil.rmtree(tmp_path / "images")
     save(tmp_path / "images/0.jpg", np.zeros((2, 4, 3)))
     with pytest.raises(InputError, match=f"^{tmp_path / 'images'}: none of 1 .*val"):
@@ -168,6 +170,12 @@ def test_images_of_any_mode_become_rgb(tmp_path):
         image.save(tmp_path / f"{name}.png")
         rgb = np.asarray(read_image(tmp_path / f"{name}.png")).astype(int)
         assert rgb.shape == (16, 16, 3) and abs(rgb - gray[..., None]).max() <= 1, name
+
+
+def test_an_image_of_floats_is_refused(tmp_path):
+    Image.fromarray(np.random.default_rng(0).random((4, 4), np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match=f"^{tmp_path / 'x.tif'}: .*F"):
+        read_image(tmp_path / "x.tif")
 
 
 def test_images_and_labels_are_rotated_as_their_exif_orientation_says(tmp_path):

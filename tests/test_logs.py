@@ -1,11 +1,13 @@
 """Reading logs of this project and of mmengine."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from ocrnet import InputError
-from ocrnet.logs import read_log, trim_log
+from ocrnet.logs import read_log, smooth, trim_log
 
 TRAIN = {"split": "train", "iter": 50, "loss": 1.5, "lr": 0.01}
 VAL = {"split": "val", "iter": 100, "mIoU": 0.5, "IoU": {"road": 0.5}}
@@ -73,6 +75,17 @@ def test_of_a_repeated_iteration_the_last_entry_counts(tmp_path):
     lines = [TRAIN, {**TRAIN, "iter": 100}, {**TRAIN, "loss": 7.0}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [(entry["iter"], entry["loss"]) for entry in read_log(tmp_path).train] == [(50, 7.0), (100, 1.5)]
+
+
+def test_a_validation_belongs_to_the_training_line_before_it_also_in_a_repeated_part(tmp_path):
+    train, val = "Iter(train) [{}/9]  lr: 1e-02  loss: 1.0\n", "Iter(val) [5/5]  mIoU: {}\n"
+    (tmp_path / "x.log").write_text(train.format(3) + train.format(4) + train.format(3) + val.format("60.0"))
+    assert [entry["iter"] for entry in read_log(tmp_path / "x.log").val] == [3]
+
+
+def test_a_loss_that_is_not_finite_leaves_a_gap_only():
+    found = smooth([1, math.nan, math.nan, 2, 2, math.inf, 3], window=2)
+    assert np.array_equal(found, [1, 1, math.nan, 2, 2, 2, 3], equal_nan=True)
 
 
 def test_a_log_is_cut_where_the_checkpoint_stands_and_damaged_lines_go_alone(tmp_path):

@@ -53,6 +53,15 @@ def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsy
     main("plot_curve.py", log("tiny", [1.1e-3, 1e-3, 1e-3, 1e-3]), tmp_path / "small", "--compare")  # 0.000075 apart
 
 
+def test_a_run_equals_its_own_first_part(main, tmp_path, capsys):
+    for name, count in (("whole", 200), ("part", 50)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"split": "train", "iter": i, "loss": 1 / i, "lr": 0.1}) for i in range(1, count + 1)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines) + "\n")
+    main("plot_curve.py", tmp_path / "part", tmp_path / "whole", "--compare")
+    assert " 0.00%" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_a_number_is_not_equal(main, logs, tmp_path):
     (tmp_path / "nan").mkdir()
     lines = [{**entry, "loss": float("nan")} for entry in TRAIN]

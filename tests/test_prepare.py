@@ -105,6 +105,17 @@ def test_without_classes_the_values_are_counted_and_a_file_to_start_from_is_prin
     assert len(re.findall(r" (50|25)\.\d+%", capsys.readouterr().out)) == 6
 
 
+def test_labels_of_one_bit_need_a_table_by_hand_and_hidden_folders_are_left_out(main, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/leftImg8bit/.cache").mkdir()
+    main("prepare_cityscapes.py", "--data-path", tmp_path / "data")
+    for folder, mode in (("images", "RGB"), ("labels", "1")):
+        (tmp_path / folder / "train").mkdir(parents=True)
+        Image.new(mode, (4, 4)).save(tmp_path / folder / "train/a.png")
+    with pytest.raises(InputError, match=f"^{tmp_path}/images/train/a.png: .* 1$"):
+        main("prepare_cityscapes.py", "--data-path", tmp_path)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

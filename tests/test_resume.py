@@ -107,6 +107,17 @@ def test_a_signal_that_also_ends_a_worker_during_validation_has_its_exit_status(
     assert exit.value.code == 128 + signal.SIGTERM and load_checkpoint(tmp_path / "last.pt")["iter"] == 1
 
 
+def test_a_batch_that_is_not_needed_is_not_loaded(main, data, tmp_path, monkeypatch, no_figures):
+    class Two(DataLoader):
+        def __iter__(self):
+            yield from itertools.islice(super().__iter__(), 2)
+            raise InputError("the third batch")
+
+    monkeypatch.setattr(train, "DataLoader", Two)
+    main("train.py", *RUN, "--workers", 0, "--max-iters", 2, "--data-path", data, "--output-dir", tmp_path)
+    assert load_checkpoint(tmp_path / "best.pt")["iter"] == 2
+
+
 def test_processes_whose_torchrun_is_killed_save_and_leave(torchrun, data, tmp_path):
     flags = [*RUN, "--workers", 0, "--max-iters", 10**6, "--data-path", data, "--output-dir", tmp_path / "run"]
     launcher = torchrun("train.py", *flags, launcher=["--nproc_per_node=1", "--master-port", str(free_port())])

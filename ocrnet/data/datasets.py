@@ -54,9 +54,9 @@ def image_folder(root: Path) -> Path:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """Where the images of a split are: ROOT/images itself if it has no folders train and val."""
-    folder = image_folder(root)
-    whole = folder.name == "images" and not any((folder / name).is_dir() for name in ("train", "val"))
+    """Where the images of a split are: ROOT/images itself if it has no folders of splits."""
+    folder, names = image_folder(root), ("train", "val", "test", "training", "validation", "valid")
+    whole = folder.name == "images" and not any((folder / name).is_dir() for name in names)
     return folder if whole else folder / split
 
 
@@ -90,6 +90,8 @@ def find_images(root: Path, split: str) -> list[Path]:
     folder = split_folder(root, split)
     endings = IMAGE_SUFFIXES if image_folder(root).name == "images" else ("_leftImg8bit.png",)
     images = [path for path in list_files(folder) if path.name.lower().endswith(tuple(map(str.lower, endings)))]
+    if folder.name == "images" and split not in ("train", "val"):
+        raise InputError(f"--split {split}: expected train or val, as {folder} has no folders of splits")
     if folder.name == "images":  # by the name, so that an image stays where it is when others are added
         drawn = [path for path in images if (zlib.crc32(path.stem.encode()) % 5 == 0) == (split == "val")]
         if images and not drawn:
@@ -159,7 +161,9 @@ def open_image(path: Path) -> Image.Image:
 def read_image(path: Path) -> Image.Image:
     """Read an image as 8-bit RGB. Gray, palette, 16-bit and transparent images are converted."""
     image = open_image(path)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits per channel, which PIL would clip instead of scale
+    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
+        raise InputError(f"{path}: expected 8 or 16 bits per channel, found mode {image.mode}")
+    if image.mode.startswith("I"):  # 16 bits per channel, which PIL would clip instead of scale
         image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -111,15 +111,18 @@ def print_starter(root: Path) -> None:
     """Print the values or colors of the training labels, with their shares, and a classes.json that has them."""
     counts: Counter = Counter()
     for image in tqdm(find_images(root, "train"), desc="values", disable=None):
-        label = open_image(label_paths(image, root)[0])
+        path = label_paths(image, root)[0]
+        label = open_image(path)
         label = label.convert("RGB") if label.mode == "RGBA" else label
         if label.mode not in ("L", "P", "RGB"):
-            raise InputError(f"{image}: expected a label of one 8-bit channel, or RGB, found mode {label.mode}")
+            raise InputError(f"{path}: expected a label of one 8-bit channel, or RGB, found mode {label.mode}")
         counts.update({value: count for count, value in label.getcolors(label.width * label.height)})
     for value, count in counts.most_common(254):
         print(f"{count / counts.total():8.3%} of the pixels are {value}")
     rows = []
-    for k, value in enumerate(sorted((value for value, _ in counts.most_common(254)), key=str)):
+    for k, value in enumerate(
+        sorted((value for value, _ in counts.most_common(254)), key=lambda x: (isinstance(x, tuple), x))
+    ):
         is_color = isinstance(value, tuple)
         color = value if is_color else CITYSCAPES.palette[k % len(CITYSCAPES)].tolist()
         rows.append({"name": f"class {k}", "id": -1 if is_color else value, "train_id": k, "color": color})

@@ -49,7 +49,7 @@ def evaluate(
     height, width = image_size(dataset.samples)
     workers = fitting_workers(workers, 4 * height * width)
     loader = DataLoader(
-        dataset, sampler=shard, num_workers=workers, worker_init_fn=init_worker,
+        dataset, batch_size=1, sampler=shard, num_workers=workers, worker_init_fn=init_worker,
         pin_memory=accelerator.device.type != "cpu",
     )  # fmt: skip
     for image, label in tqdm(loader, "evaluating", leave=False, disable=None if accelerator.is_main else True):

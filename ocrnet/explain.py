@@ -150,7 +150,8 @@ def draw_relation(
         i, j = y * w.shape[1] // image.shape[0], x * w.shape[2] // image.shape[1]
         rows.append(w[:, i, j])
         names.append(f"{number}: {table.names[final[y, x]]} ({x}, {y})")
-    top = max(float(np.max(rows)), 2 / len(table))  # not 1: a nearly uniform relation would look black
+    # not 1: a nearly uniform relation would look black; nor its own largest value: a uniform one would look large
+    top = max(float(np.max(rows)), 2 / len(table))
     drawn = draw_matrix(matrix, np.array(rows), names, table.names, top, "{:.2f}", "magma")
     matrix.set(xlabel="region", ylabel="pixel: its prediction (x, y)")
     bar = fig.colorbar(drawn, ax=matrix, label="w, the pixel's relation to the region; a row sums to 1")

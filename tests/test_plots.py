@@ -10,7 +10,18 @@ from PIL import Image
 from ocrnet.data.classes import CITYSCAPES, ClassTable, Label
 from ocrnet.logs import Log
 from ocrnet.metrics import ConfusionMatrix
-from ocrnet.plots import IGNORED, RIGHT, draw_matrix, error_map, plot_curves, plt, save_samples, save_scores, smooth
+from ocrnet.plots import (
+    IGNORED,
+    RIGHT,
+    class_legend,
+    draw_matrix,
+    error_map,
+    plot_curves,
+    plt,
+    save_samples,
+    save_scores,
+    smooth,
+)
 
 
 @pytest.fixture
@@ -93,3 +104,10 @@ def test_smoothing_is_the_mean_of_the_last_values():
     values = np.random.default_rng(0).random(20)
     expected = [values[max(i - 4, 0) : i + 1].mean() for i in range(20)]
     assert smooth(values, window=5) == pytest.approx(expected)
+
+
+def test_rows_of_a_legend_are_about_equally_long():
+    fig = plt.figure(figsize=(13, 3))
+    class_legend(fig, range(11), CITYSCAPES)  # eight fit in a row
+    assert len(fig.legends[0].get_texts()) == 11 and fig.legends[0]._ncols == 6
+    plt.close(fig)

@@ -112,7 +112,7 @@ def test_labels_of_one_bit_need_a_table_by_hand_and_hidden_folders_are_left_out(
     for folder, mode in (("images", "RGB"), ("labels", "1")):
         (tmp_path / folder / "train").mkdir(parents=True)
         Image.new(mode, (4, 4)).save(tmp_path / folder / "train/a.png")
-    with pytest.raises(InputError, match=f"^{tmp_path}/images/train/a.png: .* 1$"):
+    with pytest.raises(InputError, match=f"^{tmp_path}/labels/train/a.png: .* 1$"):
         main("prepare_cityscapes.py", "--data-path", tmp_path)
 
 

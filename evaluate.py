@@ -21,7 +21,7 @@ from ocrnet.checkpoint import load_model
 from ocrnet.data.classes import read_classes
 from ocrnet.data.datasets import EvalDataset, find_samples
 from ocrnet.device import DEVICES, Accelerator
-from ocrnet.evaluation import evaluate, export_ids, export_targets, print_scores, print_shares, summarize
+from ocrnet.evaluation import evaluate, export_ids, export_targets, print_scores, summarize
 from ocrnet.inference import color_images, list_images, make_forward
 from ocrnet.script import check_output, make_parser, number, run_script
 
@@ -60,9 +60,7 @@ def main() -> None:
 
     if args.images:
         if args.save:
-            pixels = color_images(forward, args.images, args.save, table, accelerator)
-            if accelerator.is_main:
-                print_shares(pixels, table)
+            color_images(forward, args.images, args.save, table, accelerator)
         if args.explain:
             from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
 

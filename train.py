@@ -131,8 +131,8 @@ def main() -> None:
 
     forward = make_forward(net, accelerator)
 
-    def criterion(outputs: Sequence[Tensor], label: Tensor) -> Tensor:
-        return ocr_loss(outputs, label, class_weights)[0]
+    def criterion(outputs: Sequence[Tensor], label: Tensor) -> tuple[Tensor, Tensor]:
+        return ocr_loss(outputs, label, class_weights)
 
     model = accelerator.wrap_ddp(accelerator.compile(net) if args.compile else net)
 
@@ -145,7 +145,7 @@ def main() -> None:
             model.require_backward_grad_sync = micro_step == args.accum_steps  # DDP: average gradients once
             with accelerator.autocast():
                 outputs = model(image)  # logits, region_logits, (B, K, H, W) each
-            loss, parts = ocr_loss(outputs, label, class_weights)
+            loss, parts = criterion(outputs, label)
             del outputs  # the largest tensors; the backward pass does not need them
             scaler.scale(loss / args.accum_steps).backward()
             losses += torch.cat([loss.detach()[None], parts]) / args.accum_steps
@@ -166,7 +166,7 @@ def main() -> None:
         pin_memory=device.type != "cpu", worker_init_fn=init_worker,
     ))  # fmt: skip
     batch = next(batches) if iteration < args.max_iters else None
-    signals, failure, stopped, next_batch = catch_stop_signals(), None, False, None
+    signals, failure, stopped = catch_stop_signals(), None, False
     bar = tqdm(total=args.max_iters, initial=iteration, unit="it", smoothing=0.05, disable=None if is_main else True)
     losses, steps, waited, since = torch.zeros(3, device=device), 0, 0.0, time.perf_counter()
     while not stopped:
@@ -198,13 +198,6 @@ def main() -> None:
         if iteration == args.max_iters:
             break
 
-        asked = time.perf_counter()
-        try:
-            next_batch = next(batches) if iteration + 1 < args.max_iters else None
-        except (RuntimeError, OSError, EOFError, InputError) as error:  # a killed data loader worker, an invalid file
-            failure = error
-        waited += time.perf_counter() - asked
-        stop_requested = accelerator.any(bool(signals or failure))  # answered after this step, on all ranks alike
         torch.manual_seed(random.Random(f"{args.seed} {iteration + 1} {accelerator.rank}").getrandbits(63))  # dropout
         lr = poly_lr(args.lr, iteration, args.max_iters)
         for group in optimizer.param_groups:
@@ -212,9 +205,16 @@ def main() -> None:
         losses += compute_gradients(*batch)
         scaler.step(optimizer)
         scaler.update()
-        batch, iteration, steps = next_batch, iteration + 1, steps + 1
+        iteration, steps = iteration + 1, steps + 1
         bar.update()
-        stopped = stop_requested()
+
+        asked = time.perf_counter()  # the device is still at work
+        try:
+            batch = next(batches) if iteration < args.max_iters else None
+        except (RuntimeError, OSError, EOFError, InputError) as error:  # a killed data loader worker, an invalid file
+            failure = error
+        waited += time.perf_counter() - asked
+        stopped = accelerator.any(bool(signals or failure))
 
         if due(args.log_every) or stopped:
             loss, final, aux = accelerator.sum(losses / (steps * accelerator.world_size)).tolist()

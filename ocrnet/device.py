@@ -108,6 +108,8 @@ class Accelerator:
             self.module.set_device(self.local_rank)  # before the process group, as tccl requires
         if "RANK" in os.environ:
             dist.init_process_group(self.spec.backend, timeout=timedelta(minutes=10))
+            # For messages between hosts, which so neither wait for the devices nor need exact integers from them
+            self.host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
 
         has_bf16 = name == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         default = torch.bfloat16 if has_bf16 else self.spec.amp_dtype
@@ -184,52 +186,25 @@ class Accelerator:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes of a float32 tensor on the device, in place."""
+        """The sum of a tensor over all processes, on the CPU."""
+        x = x.cpu()
         if dist.is_initialized():
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.host_group)
         return x
 
-    def sum_exact(self, x: Tensor) -> Tensor:
-        """The sum over all processes of an int64 or float64 tensor, on the CPU.
-
-        The bits are gathered as int64 and added on the CPU, as SDAA may have no exact addition of these types.
-        """
-        if not dist.is_initialized():
-            return x.cpu()
-        words = x.view(torch.int64).to(self.device)
-        parts = [torch.empty_like(words) for _ in range(self.world_size)]
-        dist.all_gather(parts, words)
-        return torch.stack([part.cpu().view(x.dtype) for part in parts]).sum(0)
-
-    def any(self, value: bool) -> Callable[[], bool]:
-        """Ask whether ``value`` is true in any process. Call the result for the answer.
-
-        The answer does not wait for what the device is given between asking and calling.
-        """
-        if not dist.is_initialized():
-            return lambda: value
-        flag = self.sum(torch.full((1,), float(value), device=self.device))
-        if self.device.type != "cuda":  # nothing to wait for on a CPU; SDAA's loss scaling waits in each step anyway
-            return lambda: flag.item() > 0
-        flag = flag.to("cpu", non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def answer() -> bool:
-            copied.synchronize()
-            return flag.item() > 0
-
-        return answer
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` is true in any process."""
+        return bool(self.sum(torch.tensor([float(value)])))
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        self.any(False)()
+        self.any(False)
 
     def broadcast(self, value: object) -> object:
         """Rank 0's value: CPU tensors and plain Python."""
         values = [value]
         if dist.is_initialized():
-            dist.broadcast_object_list(values, src=0, device=self.device)
+            dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ def evaluate(
     num_classes: int,
     accelerator: Accelerator,
     workers: int = 0,
-    criterion: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None,
+    criterion: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]] | None = None,
 ) -> tuple[ConfusionMatrix, float]:
     """The confusion matrix of a data set, summed over all processes, and the mean of ``criterion`` over its images.
 
@@ -36,7 +36,7 @@ def evaluate(
     DDP, as ranks may have different numbers of images.
 
     Args:
-        criterion: (outputs (1, K, H, W) each, label int64 (1, H, W)) -> a scalar. Without it the mean is 0.
+        criterion: ``ocr_loss``, whose first result counts. Without it the mean is 0.
 
     Raises:
         InputError: no pixel is labeled.
@@ -57,15 +57,14 @@ def evaluate(
         prediction = outputs[0].max(dim=1).indices  # (1, H, W); on a CPU 5 times as fast as argmax
         confusion.update(label.to(counting_device), prediction.to(counting_device))
         if criterion:
-            losses.append(criterion(outputs, label.to(accelerator.device).long()))
-    confusion.counts = accelerator.sum_exact(confusion.counts)
+            losses.append(criterion(outputs, label.to(accelerator.device).long())[0])
+    confusion.counts = accelerator.sum(confusion.counts)
     if not confusion.counts.any():
         first = dataset.samples[0].label
         raise InputError(
             f"{first} and the others: expected labeled pixels, found none; evaluate.py --export needs none"
         )
-    total = torch.stack(losses).cpu().double().sum()[None]
-    return confusion, accelerator.sum_exact(total).item() / len(dataset)
+    return confusion, accelerator.sum(torch.stack(losses).cpu().double().sum()[None]).item() / len(dataset)
 
 
 def sample_predictions(forward: Forward, dataset: EvalDataset, count: int = 4) -> list[tuple[np.ndarray, ...]]:
@@ -141,12 +140,3 @@ def print_scores(scores: dict) -> None:
     if absent:
         print(f"predicted, but not in the labels, so of IoU 0: {', '.join(absent)}")
     print(f"pixel accuracy {100 * scores['pixel_accuracy']:.2f}")
-
-
-def print_shares(pixels: Tensor, table: ClassTable) -> None:
-    """A line per class that occurs, with its share of ``pixels``, int64 (K,); the largest first."""
-    shares = 100 * pixels.double() / pixels.sum()
-    width = max(map(len, table.names))
-    for k in shares.argsort(descending=True, stable=True).tolist():
-        if pixels[k]:
-            print(f"{table.names[k]:{width}} {shares[k]:6.1f} %")

@@ -13,13 +13,12 @@ from matplotlib.colors import LogNorm
 from torch import Tensor, nn
 
 from . import InputError
-from .data.classes import IGNORE_INDEX, ClassTable, read_classes
-from .data.datasets import find_sample_of, read_image, read_sample, to_tensor
+from .data.classes import ClassTable
+from .data.datasets import read_image, to_tensor
+from .data.transforms import preprocess
 from .device import Accelerator
-from .inference import check_folder, forward_image, list_images, rank_shard, scaled_size
-from .plots import IGNORED, class_legend, draw_matrix, error_map, image_axes, plt, save_figure, show_images
-
-CORRECTED, BROKEN = (0, 150, 0), (220, 0, 0)  # green, red
+from .inference import check_folder, list_images, rank_shard, scaled_size
+from .plots import class_legend, draw_matrix, image_axes, plt, save_figure, show_images
 
 
 class Explanation(NamedTuple):
@@ -38,11 +37,12 @@ def explain(model: nn.Module, image: Tensor, accelerator: Accelerator) -> Explan
     gather, attention = model.head.gather, model.head.attention
     captured = []  # inputs and output of the gather
     hook = gather.register_forward_hook(lambda _, inputs, output: captured.extend((*inputs, output)))
-    logits, region_logits = forward_image(model, image[None], accelerator)
-    hook.remove()
-    x, region_logits_small, f = captured  # (1, C, h, w), (1, K, h, w), (1, C, K, 1)
+    image = preprocess(image[None].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
     with accelerator.autocast():
+        logits, region_logits = model(image)
+        x, region_logits_small, f = captured  # (1, C, h, w), (1, K, h, w), (1, C, K, 1)
         w = attention.relation(x, f).float().transpose(1, 2)  # (1, K, N)
+    hook.remove()
     m = gather.spatial_softmax(region_logits_small)  # (1, K, N)
     m, w = (y[0].unflatten(1, x.shape[-2:]).cpu() for y in (m, w))  # (K, h, w)
     aux, final = (y.float().softmax(dim=1)[0].cpu() for y in (region_logits, logits))
@@ -60,7 +60,7 @@ def explain_images(
     """Write a figure per step for image files, or the images in folders: ``NAME_1_regions.png`` and so on.
 
     Args:
-        long_side: of the images in pixels, see ``make_forward``. Other images of a data set are drawn without errors.
+        long_side: of the images in pixels, see ``make_forward``.
 
     Raises:
         InputError: the model has no OCR head, or an image is invalid.
@@ -83,20 +83,9 @@ def explain_images(
             "3_relation": draw_relation(image, w.numpy(), final, confidence, table),
             "4_segmentations": draw_segmentations(image, aux, final, confidence, table),
         }
-        label = find_label(path, table)
-        if label is not None and label.shape == final.shape:
-            figures["5_errors"] = draw_errors(label, aux, final, table)
         for name, fig in figures.items():
             save_figure(fig, folder / f"{path.stem}_{name}.png")
     accelerator.print0(f"{len(images)} images explained in {folder}: NAME_1_regions.png and so on")
-
-
-def find_label(path: Path, table: ClassTable) -> np.ndarray | None:
-    """The train ids (H, W) of an image in a data set with these classes. None for other images."""
-    found = find_sample_of(path)
-    if found is None or read_classes(found[1]).names != table.names:
-        return None
-    return read_sample(found[0], read_classes(found[1]))[1]
 
 
 def most_confident_pixels(final: np.ndarray, confidence: np.ndarray, count: int = 20) -> list[tuple[int, int]]:
@@ -176,26 +165,4 @@ def draw_segmentations(
     fig.colorbar(drawn, ax=axes[3], shrink=0.8)
     class_legend(fig, np.union1d(aux, final), table)
     fig.suptitle("4. Segmentations: before and after the object context")
-    return fig
-
-
-def draw_errors(label: np.ndarray, aux: np.ndarray, final: np.ndarray, table: ClassTable) -> plt.Figure:
-    """Errors against the label (H, W), and what the context corrected or broke."""
-    valid = label != IGNORE_INDEX
-    right, was_right = final == label, aux == label
-    change = np.full((*label.shape, 3), 255, np.uint8)
-    change[right & ~was_right] = CORRECTED
-    change[~right & was_right] = BROKEN
-    change[~valid] = IGNORED
-    share = [x[valid].mean() if valid.any() else np.nan for x in (right, right & ~was_right, ~right & was_right)]
-    fig, axes = image_axes(label, 2, 2, 6.5, 1.2)
-    maps = {
-        "label": table.palette[label],
-        f"final: {share[0]:.1%} of the valid pixels are right": table.palette[final],
-        "errors, in the color of the prediction": error_map(label, final, table),
-        f"the context corrected {share[1]:.1%} (green), broke {share[2]:.1%} (red)": change,
-    }
-    show_images(axes, maps)
-    class_legend(fig, np.union1d(label[valid], final), table)
-    fig.suptitle("5. Errors")
     return fig

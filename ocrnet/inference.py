@@ -24,14 +24,6 @@ from .script import SOFTWARE, check_output
 Forward = Callable[[Tensor], tuple[Tensor, ...]]  # raw images (B, 3, H, W) -> (logits (B, K, H, W), ...)
 
 
-@torch.inference_mode()
-def forward_image(model: nn.Module, image: Tensor, accelerator: Accelerator) -> tuple[Tensor, ...]:
-    """Raw images (B, 3, H, W) -> the model's outputs (B, K, H, W), from one forward pass at their own size."""
-    image = preprocess(image.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
-    with accelerator.autocast():
-        return model(image)
-
-
 def make_forward(
     model: nn.Module,
     accelerator: Accelerator,
@@ -172,11 +164,8 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 def color_images(
     forward: Forward, paths: Sequence[Path], folder: Path, table: ClassTable, accelerator: Accelerator
-) -> Tensor:
+) -> None:
     """Write NAME.png (class colors), NAME_overlay.png (mean of image and colors) and one legend.png to ``folder``.
-
-    Returns:
-        The number of pixels of each class in all images of all processes, int64 (K,), on the CPU.
 
     Raises:
         InputError: an image is invalid, or would be overwritten.
@@ -186,17 +175,14 @@ def color_images(
     names = [name for path in images for name in (path.stem, f"{path.stem}_overlay")]
     if len({*names, "legend"}) <= len(names):
         raise InputError(f"--images: expected names whose outputs differ, found {', '.join(sorted(names))}: rename one")
-    pixels = torch.zeros(len(table), dtype=torch.int64)
     for path in rank_shard(images, accelerator, "coloring"):
         image, classes = predict_file(forward, path)
         colors = table.palette[classes]  # (H, W, 3)
         save_png(colors, folder / f"{path.stem}.png")
         save_png(((image.astype(np.uint16) + colors) // 2).astype(np.uint8), folder / f"{path.stem}_overlay.png")
-        pixels += torch.from_numpy(np.bincount(classes.ravel(), minlength=len(table)))
     if accelerator.is_main:
         save_png(draw_legend(table), folder / "legend.png")
     accelerator.print0(f"{len(images)} images: NAME.png, NAME_overlay.png and legend.png in {folder}")
-    return accelerator.sum_exact(pixels)
 
 
 def draw_legend(table: ClassTable, row: int = 24) -> np.ndarray:

@@ -111,10 +111,10 @@ def test_conversion_keeps_weights_names_and_results():
 def exchange(rank):
     """What ranks tell each other: int64 that float64 cannot hold, float64 that float32 cannot hold, objects, flags."""
     accelerator = Accelerator("cpu")
-    accelerator.world_size = 2  # the process group was made without torchrun's environment
+    accelerator.host_group = None  # the process group was made without torchrun's environment
     floats = torch.tensor([1 + 2.0**-40, torch.nan], dtype=torch.float64)
-    sums = [accelerator.sum_exact(x) for x in (torch.tensor([[2**53 + rank]]), floats)]
-    flags = [accelerator.any(value)() for value in (False, rank == 1, True)]
+    sums = [accelerator.sum(x) for x in (torch.tensor([[2**53 + rank]]), floats)]
+    flags = [accelerator.any(value) for value in (False, rank == 1, True)]
     return *sums, accelerator.broadcast({"rank": rank}), flags
 
 

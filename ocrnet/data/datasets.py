@@ -128,16 +128,6 @@ def find_samples(root: Path, split: str) -> list[Sample]:
     return samples
 
 
-def find_sample_of(image: Path) -> tuple[Sample, Path] | None:
-    """The sample of an image in a data set, and the root of the data set. None for an image without a label."""
-    image = Path(os.path.abspath(image))  # links stay
-    for folder in image.parents:
-        if folder == image_folder(folder.parent):
-            found = [path for path in label_paths(image, folder.parent) if path.exists()]
-            return (Sample(image, found[0]), folder.parent) if found else None
-    return None
-
-
 # ---- reading files ---------------------------------------------------------------------------------------------------
 
 

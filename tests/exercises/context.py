@@ -28,7 +28,7 @@ from ocrnet.data.classes import read_classes
 from ocrnet.data.datasets import EvalDataset, find_samples
 from ocrnet.device import Accelerator
 from ocrnet.explain import explain
-from ocrnet.inference import forward_image
+from ocrnet.inference import make_forward
 from ocrnet.models import BACKBONES
 from ocrnet.models.resnet import ResNet
 from ocrnet.plots import plt
@@ -103,7 +103,7 @@ def draw_predictions(folder: Path, seed: int, path: Path, count: int = 4) -> Non
     palette, accelerator = np.array(list(CLASSES.values()), np.uint8), Accelerator("cpu")
     fig, axes = plt.subplots(count, 4, figsize=(10, 1.6 * count), layout="constrained")
     for row, (image, label) in zip(axes, EvalDataset(samples, read_classes(folder / "data"))):
-        predictions = [forward_image(model, image[None], accelerator)[0][0].argmax(0) for model in models]
+        predictions = [make_forward(model, accelerator)(image[None])[0][0].argmax(0) for model in models]
         for axis, shown in zip(row, (image.permute(1, 2, 0), *(palette[x] for x in (label, *predictions)))):
             axis.imshow(shown)
             axis.axis("off")

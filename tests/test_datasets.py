@@ -18,7 +18,6 @@ from ocrnet.data.datasets import (
     InfiniteSampler,
     TrainDataset,
     find_images,
-    find_sample_of,
     find_samples,
     list_files,
     read_image,
@@ -64,9 +63,6 @@ def test_images_and_labels_of_the_plain_layout_are_found_and_mapped(root):
     assert names == ["a.jpg", "day/b.c.JPEG", "day/d.PNG"]
     for sample in [*samples, *find_samples(root, "val")]:
         assert read_label(sample.label, TABLE).tolist() == LABEL
-        assert find_sample_of(sample.image) == (sample, root)
-    sample.label.unlink()
-    assert find_sample_of(sample.image) is None
 
 
 def test_without_folders_of_splits_a_fifth_is_for_validation_by_name(tmp_path):

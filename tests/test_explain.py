@@ -1,9 +1,5 @@
 """--explain: its numbers are those of the network and of the labels."""
 
-import json
-import re
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -11,20 +7,18 @@ from torch import nn
 
 from ocrnet import InputError
 from ocrnet.data.classes import CITYSCAPES
-from ocrnet.data.datasets import find_images, find_sample_of, read_label
+from ocrnet.data.datasets import find_images
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
 from ocrnet.explain import (
-    draw_errors,
     draw_relation,
     explain,
     explain_images,
-    find_label,
     most_confident_pixels,
 )
-from ocrnet.inference import forward_image
+from ocrnet.inference import make_forward
 from ocrnet.models import build_model
-from ocrnet.plots import IGNORED, plt
+from ocrnet.plots import plt
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +51,7 @@ def test_explanation_is_what_the_network_computes(cpu, model, image):
     assert m.shape == w.shape == (19, 17, 25) and f.shape == (19, 512)
     torch.testing.assert_close(m.sum((1, 2)), torch.ones(19))
     torch.testing.assert_close(w.sum(0), torch.ones(17, 25))
-    outputs = forward_image(model, image[None], cpu)
+    outputs = make_forward(model, cpu)(image[None])
     for found, logits in zip((final, aux), outputs, strict=True):
         torch.testing.assert_close(found, logits[0].softmax(0))
     assert not torch.equal(aux, final) and min(x.std() for x in (w, aux, final)) > 0.03
@@ -99,35 +93,7 @@ def test_most_confident_pixel_of_each_class_is_chosen():
     assert len(most_confident_pixels(np.arange(50)[None], np.ones((1, 50)))) == 20
 
 
-def test_corrected_pixels_are_green_and_broken_ones_red():
-    label = np.array([[0, 0, 0, 255]])
-    aux, final = np.array([[13, 0, 0, 0]]), np.array([[0, 13, 0, 13]])
-    figure = draw_errors(label, aux, final, CITYSCAPES)
-    change = figure.axes[3].images[0].get_array()
-    assert change.tolist() == [[[0, 150, 0], [220, 0, 0], [255] * 3, [IGNORED] * 3]]
-    shares = [re.findall(r"[\d.]+%", figure.axes[i].get_title()) for i in (1, 3)]
-    assert shares == [["66.7%"], ["33.3%", "33.3%"]]  # right; corrected, broken
-    plt.close(figure)
-
-
 # ---- images and labels -----------------------------------------------------------------------------------------------
-
-
-def test_label_is_found_for_images_of_the_data_set_only(data, tmp_path):
-    image = find_images(data, "val")[0]
-    assert np.array_equal(find_label(image, CITYSCAPES), read_label(find_sample_of(image)[0].label, CITYSCAPES))
-    assert find_label(tmp_path / "street.jpg", CITYSCAPES) is None
-    shutil.copytree(data, tmp_path / "data")
-    image = tmp_path / "data" / image.relative_to(data)
-    find_sample_of(image)[0].label.unlink()
-    assert find_label(image, CITYSCAPES) is None
-
-
-def test_label_of_other_classes_is_not_used(data, tmp_path):
-    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    rows = [{"name": name, "id": k, "train_id": k, "color": [0, 0, 0]} for k, name in enumerate(("road", "house"))]
-    (tmp_path / "classes.json").write_text(json.dumps(rows))
-    assert find_label(find_images(tmp_path, "val")[0], CITYSCAPES) is None
 
 
 def test_model_without_regions_is_refused(cpu, data, tmp_path):

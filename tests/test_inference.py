@@ -12,7 +12,7 @@ from ocrnet.data.datasets import EvalDataset, find_samples, read_label
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
 from ocrnet.evaluation import evaluate, export_ids, export_targets, sample_predictions
-from ocrnet.inference import color_images, forward_image, list_images, make_forward, rank_shard, slide_inference
+from ocrnet.inference import color_images, list_images, make_forward, rank_shard, slide_inference
 
 
 class Pointwise(nn.Module):
@@ -45,9 +45,9 @@ def image():
 # ---- probabilities ---------------------------------------------------------------------------------------------------
 
 
-def test_forward_image_gives_the_outputs_for_the_normalized_image(cpu, image):
+def test_one_pass_gives_the_outputs_for_the_normalized_image(cpu, image):
     model = Pointwise()
-    logits, region_logits = forward_image(model, image, cpu)
+    logits, region_logits = make_forward(model, cpu)(image)
     torch.testing.assert_close(logits, model.layer(preprocess(image)))
     assert torch.equal(region_logits, -logits) and not logits.requires_grad
 
@@ -56,12 +56,6 @@ def probabilities(model, image, accelerator, **options):
     """What the closure gives, as probabilities."""
     output, *others = make_forward(model, accelerator, **options)(image)
     return output.softmax(1) if others else output  # one pass gives logits, and region_logits
-
-
-def test_one_pass_gives_the_outputs_of_the_model(cpu, image):
-    model = Pointwise()
-    for found, expected in zip(make_forward(model, cpu)(image), forward_image(model, image, cpu), strict=True):
-        assert torch.equal(found, expected)
 
 
 def test_probabilities_of_a_pixel_sum_to_one(cpu, image):
@@ -164,9 +158,9 @@ def by_red(image):
     return (nn.functional.one_hot(image[:, 0].long() % 19, 19).permute(0, 3, 1, 2).float(),)
 
 
-def test_images_are_colored_by_class_and_counted(cpu, tmp_path):
+def test_images_are_colored_by_class(cpu, tmp_path):
     paths = save_images(tmp_path / "photos", "a.png", "b.jpg")
-    pixels = color_images(by_red, paths, tmp_path / "out", CITYSCAPES, cpu)
+    color_images(by_red, paths, tmp_path / "out", CITYSCAPES, cpu)
     image = np.asarray(Image.open(paths[0]))
     classes = image[..., 0] % 19
     colors, mixed = (np.asarray(Image.open(tmp_path / f"out/{name}.png")).astype(int) for name in ("a", "a_overlay"))
@@ -175,7 +169,6 @@ def test_images_are_colored_by_class_and_counted(cpu, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "a.png", "a_overlay.png", "b.png", "b_overlay.png", "legend.png",
     }  # fmt: skip
-    assert pixels.sum() == 70 and (pixels.numpy() >= np.bincount(classes.ravel(), minlength=19)).all()
     legend = np.asarray(Image.open(tmp_path / "out/legend.png")).reshape(-1, 3)
     assert all((legend == color).all(1).any() for color in CITYSCAPES.palette[:19])
 
@@ -204,7 +197,7 @@ def test_evaluation_counts_every_pixel_once_and_averages_the_criterion(cpu, data
     def criterion(outputs, label):
         assert outputs[0].shape[-2:] == label.shape[-2:] and label.dtype == torch.int64
         means.append(label.float().mean())
-        return means[-1]
+        return means[-1], None
 
     confusion, loss = evaluate(by_red, dataset, 19, cpu, criterion=criterion)
     expected = torch.zeros(19, dtype=torch.int64)
@@ -220,7 +213,7 @@ def test_samples_show_both_predictions(cpu, data):
     for (image, label, final, aux), i in zip(samples, (0, 1, 3), strict=True):  # spread over five
         expected, expected_label = dataset[i]
         assert np.array_equal(image, expected.permute(1, 2, 0)) and np.array_equal(label, expected_label)
-        logits, region_logits = forward_image(model, expected[None], cpu)
+        logits, region_logits = make_forward(model, cpu)(expected[None])
         assert np.array_equal(final, logits[0].argmax(0)) and np.array_equal(aux, region_logits[0].argmax(0))
 
 
@@ -263,7 +256,7 @@ def test_an_enlarged_photo_is_seen_at_the_size_of_training(cpu):
     model = Pointwise()
     small = torch.zeros(1, 3, 8, 12, dtype=torch.uint8)
     small[:, 0, :, 6:], small[:, 1, 4:] = 250, 200
-    expected = forward_image(model, small, cpu)[0].argmax(1)
+    expected = make_forward(model, cpu)(small)[0].argmax(1)
     large = small.repeat_interleave(30, dim=2).repeat_interleave(30, dim=3)
     logits, region_logits = make_forward(model, cpu, long_side=12)(large)
     assert model.sizes == [(8, 12)] * 2 and logits.shape == region_logits.shape == (1, 4, 240, 360)

@@ -215,26 +215,14 @@ def test_flags_override_the_demo_which_generates_its_data(main, tmp_path, monkey
     assert "7 iterations of 4 crops of 96x192" in output and "2 training and 1 validation" in output
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--max-iters 0",
-        "--batch-size 0",
-        "--accum-steps 0",
-        "--val-every 0",
-        "--save-every 0",
-        "--log-every 0",
-        "--scale-range 2 1",
-        "--scale-range 0 1",
-        "--crop-size 16 64",
-        "--workers -1",
-        "--lr nan",
-        "--lr -1",
-        "--weight-decay inf",
-        "--seed 99999999999999999999",
-        "--batch-size x",
-    ],
+OUT_OF_RANGE = (
+    "--max-iters 0, --batch-size 0, --accum-steps 0, --val-every 0, --save-every 0, --log-every 0, --scale-range 2 1, "
+    "--scale-range 0 1, --crop-size 16 64, --workers -1, --lr nan, --lr -1, --weight-decay inf, "
+    "--seed 99999999999999999999, --batch-size x"
 )
+
+
+@pytest.mark.parametrize("flags", OUT_OF_RANGE.split(", "))
 def test_flags_out_of_range_are_refused_by_name(main, flags, capsys):
     with pytest.raises(SystemExit) as error:
         main("train.py", *flags.split())
@@ -285,27 +273,27 @@ def test_flipped_bits_of_a_checkpoint_are_found(main, trained, data, tmp_path):
         main("train.py", *RUN, "--resume", "--output-dir", tmp_path, "--data-path", data)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
-def test_a_lack_of_memory_is_one_line_with_the_flags_that_help(error):
-    def run():
-        raise error
+def fail_with(error):
+    raise error
 
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: fail_with(MemoryError()),
+        lambda: fail_with(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")),
+        lambda: torch.empty(2**50),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_with_the_flags_that_help(run):
     with pytest.raises(SystemExit, match="^error: out of memory.*--batch-size"):
         run_script(run)
 
 
-def test_ctrl_c_ends_with_the_exit_status_of_its_signal():
-    def run():
-        raise KeyboardInterrupt
-
+def test_ctrl_c_has_its_exit_status_and_an_error_of_the_code_its_traceback():
     with pytest.raises(SystemExit) as error:
-        run_script(run)
+        run_script(lambda: fail_with(KeyboardInterrupt()))
     assert error.value.code == 130
-
-
-def test_a_cpu_without_memory_is_one_line_and_another_error_keeps_its_traceback():
-    with pytest.raises(SystemExit, match="^error: out of memory"):
-        run_script(lambda: torch.empty(2**50))
     with pytest.raises(RuntimeError, match="size"):
         run_script(lambda: torch.ones(2) + torch.ones(3))
 

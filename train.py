@@ -104,7 +104,7 @@ def main() -> None:
         # momentum of the checkpoint, settings of the flags
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-        if scaler.is_enabled() and checkpoint["scaler"]:  # empty where the loss was not scaled
+        if checkpoint["scaler"]:  # empty where the loss was not scaled
             scaler.load_state_dict(checkpoint["scaler"])
     print0(f"{args.data_path}: {len(train_set)} training and {len(val_set)} validation images, {len(table)} classes")
     describe(args, accelerator, net, size, iteration, global_batch)
@@ -121,9 +121,8 @@ def main() -> None:
 
     def save(name: str) -> None:
         if is_main:
-            state = {"model": net.state_dict(), "config": net.config, "classes": table.rows(), "settings": settings}
-            state["size"] = size
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state |= {"config": net.config, "classes": table.rows(), "size": size, "settings": settings}
             save_checkpoint(args.output_dir / name, state | {"iter": iteration, "validated": validated, "best": best})
 
     def due(every: int) -> bool:

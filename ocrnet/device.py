@@ -108,7 +108,7 @@ class Accelerator:
             self.module.set_device(self.local_rank)  # before the process group, as tccl requires
         if "RANK" in os.environ:
             dist.init_process_group(self.spec.backend, timeout=timedelta(minutes=10))
-            # For messages between hosts, which so neither wait for the devices nor need exact integers from them
+            # for small messages of the CPUs, which wait for no device and are exact
             self.host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
 
         has_bf16 = name == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)

@@ -186,7 +186,7 @@ class Accelerator:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, on the CPU."""
+        """The sum of a tensor over all processes, on the CPU. A tensor on the CPU is changed in place."""
         x = x.cpu()
         if dist.is_initialized():
             dist.all_reduce(x, group=self.host_group)

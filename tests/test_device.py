@@ -103,7 +103,7 @@ def test_bf16_is_the_default_on_cpus_that_have_it(monkeypatch, has, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True}, raising=False)
     if has is None:  # older versions of torch do not say
         monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert device.cpu_has_bf16() is bool(expected)
+    assert device.cpu_has_bf16() is expected
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_most_confident_pixel_of_each_class_is_chosen():
     assert len(most_confident_pixels(np.arange(50)[None], np.ones((1, 50)))) == 20
 
 
-# ---- images and labels -----------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_model_without_regions_is_refused(cpu, data, tmp_path):

@@ -22,7 +22,7 @@ from .classes import CITYSCAPES
 
 SIZE = (128, 256)  # H, W of an image
 SPLITS = {"train": 480, "val": 60}  # images
-NEAR, FAR = 1.5, 150  # meters; nothing closer or farther is painted, but for the sky
+NEAR, FAR = 1.5, 150  # meters: depths that are painted
 IDS = {label.name: label.id for label in CITYSCAPES.labels}
 IMAGE = "leftImg8bit/{0}/synth{0}/synth{0}_{1:06d}_000000_leftImg8bit.png"  # of a split and an index
 LABEL = "gtFine/{0}/synth{0}/synth{0}_{1:06d}_000000_gtFine_labelIds.png"
@@ -83,7 +83,8 @@ class Scene:
     def paint(self, label, points, color, texture="plain", noise=0.08) -> None:
         """Paint a flat piece with corners (x, y, z): facing the camera, along the street or on the ground.
 
-        ``label`` is a name of Cityscapes, or None for a detail, whose pixels keep the label below.
+        ``label`` is a name of Cityscapes, or None for a detail, whose pixels keep the label below. ``texture`` is of
+        ``TEXTURES``, ``noise`` the standard deviation of the brightness, which is about 1.
         """
         x, y, z = corners = np.array(points, float).T
         polygon = np.stack([self.center + self.focal * x / z, self.horizon + self.focal * (self.eye - y) / z], 1)
@@ -97,8 +98,9 @@ class Scene:
         ray = np.stack([(u + 0.5 - self.center) / self.focal, (self.horizon - v - 0.5) / self.focal, np.ones(len(u))])
         eye = np.array([0, self.eye, 0])
         normal = np.ptp(corners, axis=1).argmin()  # 0: the piece is along the street, 1: on the ground, 2: facing us
+        # where the ray meets the plane; 1e-9 for rays that are parallel to it
         depth = np.clip((corners[normal, 0] - eye[normal]) / (ray[normal] + 1e-9), NEAR, FAR)
-        a, b = (eye[:, None] + depth * ray)[[[2, 1], [0, 2], [0, 1]][normal]]  # where each pixel is in the piece
+        a, b = (eye[:, None] + depth * ray)[[[2, 1], [0, 2], [0, 1]][normal]]  # coordinates in the piece, meters
         pattern, there, elsewhere = TEXTURES[texture]
         shade = np.where(pattern(a, b), there, elsewhere) + noise * self.rng.standard_normal(len(u))
         self.image[v, u] = shade[:, None] * color

@@ -1,6 +1,6 @@
 """Measure the table of exercises: train each solution on the demo with several seeds, and evaluate it.
 
-    python tests/exercises/ablation.py                                18 runs of five minutes on one core
+    python tests/exercises/ablation.py                                18 runs of 5 to 12 minutes on one core
     python tests/exercises/ablation.py --seeds 0 --only detach fcn    two of them
     python tests/exercises/ablation.py --max-iters 1500               other flags are those of train.py
 

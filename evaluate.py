@@ -19,10 +19,10 @@ import torch
 from ocrnet import InputError
 from ocrnet.checkpoint import load_model
 from ocrnet.data.classes import read_classes
-from ocrnet.data.datasets import EvalDataset, find_samples
+from ocrnet.data.datasets import EvalDataset, find_images, find_samples, split_folder
 from ocrnet.device import DEVICES, Accelerator
-from ocrnet.evaluation import evaluate, export_ids, export_targets, print_scores, summarize
-from ocrnet.inference import color_images, list_images, make_forward
+from ocrnet.evaluation import evaluate, print_scores, summarize
+from ocrnet.inference import list_images, make_forward, write_predictions
 from ocrnet.script import check_output, make_parser, number, run_script
 
 
@@ -58,18 +58,20 @@ def main() -> None:
     compiled = accelerator.compile(model, frozen=True) if args.compile else model
     forward = make_forward(compiled, accelerator, args.scales, args.flip, args.slide, long_side)
 
-    if args.images:
-        if args.save:
-            color_images(forward, args.images, args.save, table, accelerator)
+    if args.save or args.export or args.explain:
+        if args.images:
+            images = list_images(args.images)
+        else:  # the folders below the split stay
+            folder = split_folder(args.data_path, args.split)
+            found = find_images(args.data_path, args.split)
+            images = {path: path.relative_to(folder).with_suffix("") for path in found}
+        if args.save or args.export:
+            write_predictions(forward, images, table, accelerator, args.save, args.export)
         if args.explain:
             from ocrnet.explain import explain_images  # only here: matplotlib is slow to import
 
-            explain_images(model, args.images, args.explain, table, accelerator, long_side)
-    if args.export:
-        targets = {path: args.export / f"{path.stem}.png" for path in list_images(args.images or ())}
-        targets = targets or export_targets(args.data_path, args.split, args.export)
-        export_ids(forward, targets, table, accelerator)
-    elif not args.images:
+            explain_images(model, images, args.explain, table, accelerator, long_side)
+    else:
         samples = find_samples(args.data_path, args.split)
         confusion, _ = evaluate(forward, EvalDataset(samples, table), len(table), accelerator, workers=2)
         if accelerator.is_main:
@@ -86,16 +88,16 @@ def main() -> None:
 def parse_args() -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint: a file, or a name of hub.py")
-    group = parser.add_argument_group("data set")
+    group = parser.add_argument_group("what it sees")
     group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
     group.add_argument("--split", default="val", metavar="NAME", help="train, val or test")
-    group.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
-    group.add_argument("--export", type=Path, metavar="DIR", help="write label-id PNGs to DIR, also of --images")
-    group = parser.add_argument_group("images")
-    group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="image files and folders")
+    group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="instead: image files and folders")
     group.add_argument("--long-side", type=number(int, 0), metavar="N", help="pixels; 0: as it is; None: as trained")
-    group.add_argument("--save", type=Path, metavar="DIR", help="write them colored by class to DIR")
-    group.add_argument("--explain", type=Path, metavar="DIR", help="write a figure per step of the method to DIR")
+    group = parser.add_argument_group("what it writes, instead of the scores")
+    group.add_argument("--save", type=Path, metavar="DIR", help="images colored by class")
+    group.add_argument("--explain", type=Path, metavar="DIR", help="a figure per step of the method")
+    group.add_argument("--export", type=Path, metavar="DIR", help="PNGs of label ids")
+    group.add_argument("--json", type=Path, metavar="FILE", help="the scores, which are printed too")
     group = parser.add_argument_group("inference")
     group.add_argument("--scales", type=number(float, 0.01), nargs="+", default=[1.0], metavar="X", help="multi-scale")
     group.add_argument("--flip", action="store_true", help="mean over flipped images too")
@@ -106,16 +108,12 @@ def parse_args() -> Namespace:
     args = parser.parse_args()
     if args.images and not (args.save or args.explain or args.export):
         parser.error("--images: expected together with --save, --explain or --export")
-    if not args.images and (args.save or args.explain):
-        parser.error("--save, --explain: expected together with --images")
     if args.save and args.save == args.export:
         parser.error("--save, --export: expected two folders")
-    if args.images and args.json:
-        parser.error("--images: scores no data set: leave out --json")
+    if args.json and (args.save or args.export or args.explain):
+        parser.error("--json: scores a data set: leave out --save, --export, --explain")
     if args.long_side is not None and not args.images:
         parser.error("--long-side: expected together with --images")
-    if args.export and args.json:
-        parser.error("--export: scores nothing: leave out --json")
     if args.explain and (args.scales != [1.0] or args.flip or args.slide or args.compile):
         parser.error("--explain: shows one forward pass at scale 1: leave out --scales, --flip, --slide, --compile")
     return args

@@ -1,11 +1,10 @@
-"""Evaluation: the scores of a data set, and the export of its predictions.
+"""Evaluation: the scores of a data set.
 
 Notation: K classes.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,9 +14,9 @@ from tqdm import tqdm
 
 from . import InputError
 from .data.classes import ClassTable
-from .data.datasets import EvalDataset, find_images, image_folder, image_size, split_folder
+from .data.datasets import EvalDataset, image_size
 from .device import Accelerator
-from .inference import Forward, check_folder, predict_file, rank_shard, save_png
+from .inference import Forward
 from .metrics import ConfusionMatrix
 from .script import fitting_workers, init_worker
 
@@ -78,34 +77,6 @@ def sample_predictions(forward: Forward, dataset: EvalDataset, count: int = 4) -
         predictions = (logits[0].argmax(0).cpu().numpy() for logits in forward(image[None]))
         samples.append((image.permute(1, 2, 0).numpy(), label.numpy(), *predictions))
     return samples
-
-
-def export_targets(root: Path, split: str, folder: Path) -> dict[Path, Path]:
-    """Each image of a split -> the file in ``folder`` for its label ids.
-
-    Cityscapes' have the name of the image, as its test server takes them; those of the plain layout keep their folders.
-
-    Raises:
-        InputError: two images would have one file.
-    """
-    images, plain = find_images(root, split), image_folder(root).name == "images"
-    inside = [path.relative_to(split_folder(root, split)).with_suffix(".png") for path in images]
-    targets = [folder / (path if plain else path.name) for path in inside]
-    if len(set(targets)) < len(images):
-        raise InputError(
-            f"--export: expected a name of its own for each image of {split}, found the same in two folders"
-        )
-    return dict(zip(images, targets))
-
-
-def export_ids(forward: Forward, targets: Mapping[Path, Path], table: ClassTable, accelerator: Accelerator) -> None:
-    """Write the label ids of each image, or the colors of its classes if one of them has no id."""
-    labels = table.palette if min(table.ids) < 0 else np.array(table.ids, np.uint8)  # by train id
-    for image, target in targets.items():
-        check_folder(target.parent, [image])
-    for image, target in rank_shard(list(targets.items()), accelerator, "exporting"):
-        save_png(labels[predict_file(forward, image)[1]], target)
-    accelerator.print0(f"{len(targets)} PNGs, the first is {next(iter(targets.values()))}")
 
 
 # ---- scores as numbers and as a table --------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Notation: H W an image's size, h w the feature map's, K classes, C channels. m, f and w are those of models/ocr.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from .data.classes import ClassTable
 from .data.datasets import read_image, to_tensor
 from .data.transforms import preprocess
 from .device import Accelerator
-from .inference import check_folder, list_images, rank_shard, scaled_size
+from .inference import check_folder, rank_shard, scaled_size
 from .plots import class_legend, draw_matrix, image_axes, plt, save_figure, show_images
 
 
@@ -51,15 +51,16 @@ def explain(model: nn.Module, image: Tensor, accelerator: Accelerator) -> Explan
 
 def explain_images(
     model: nn.Module,
-    paths: Sequence[Path],
+    images: Mapping[Path, Path],
     folder: Path,
     table: ClassTable,
     accelerator: Accelerator,
     long_side: int = 0,
 ) -> None:
-    """Write a figure per step for image files, or the images in folders: ``NAME_1_regions.png`` and so on.
+    """Write a figure per step: ``NAME_1_regions.png`` and so on.
 
     Args:
+        images: image file -> name of its outputs, without ending.
         long_side: of the images in pixels, see ``make_forward``.
 
     Raises:
@@ -67,10 +68,8 @@ def explain_images(
     """
     if model.config["head"] != "ocr":
         raise InputError(f"--explain: expected a model with head ocr, found {model.config['head']}: use --save")
-    images = list_images(paths)
     check_folder(folder, images)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in rank_shard(images, accelerator, "explaining"):
+    for path, output in rank_shard(list(images.items()), accelerator, "explaining"):
         image = read_image(path)
         if long_side:
             image = image.resize(scaled_size(image.size, long_side))
@@ -84,7 +83,7 @@ def explain_images(
             "4_segmentations": draw_segmentations(image, aux, final, confidence, table),
         }
         for name, fig in figures.items():
-            save_figure(fig, folder / f"{path.stem}_{name}.png")
+            save_figure(fig, folder / f"{output}_{name}.png")
     accelerator.print0(f"{len(images)} images explained in {folder}: NAME_1_regions.png and so on")
 
 

@@ -3,7 +3,7 @@
 Notation: B batch, K classes, H W an image's size. Raw images are uint8 RGB, 0 .. 255.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,19 +104,11 @@ def slide_inference(network: Callable, image: Tensor, window: tuple[int, int]) -
     return total / counts
 
 
-def predict_file(forward: Forward, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """An image file -> the image (H, W, 3) and its train ids (H, W), both uint8."""
-    image = read_image(path)
-    logits = forward(to_tensor(image)[None])[0]
-    classes = logits.max(dim=1).indices  # on a CPU 5 times as fast as argmax
-    return np.asarray(image), classes[0].byte().cpu().numpy()
-
-
 # ---- image files -----------------------------------------------------------------------------------------------------
 
 
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among ``paths``, and the images directly in the folders among them.
+def list_images(paths: Sequence[Path]) -> dict[Path, Path]:
+    """The files among ``paths``, and the images directly in the folders among them -> the names of their outputs.
 
     Raises:
         InputError: a path does not exist, a folder has no images, or two images have one name.
@@ -133,13 +125,13 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
             if image.stem in images:
                 raise InputError(f"--images: {images[image.stem]} and {image} have one name: rename one")
             images[image.stem] = image
-    return list(images.values())
+    return {image: Path(stem) for stem, image in images.items()}
 
 
-def check_folder(folder: Path, images: Iterable[Path]) -> None:
-    """Raise InputError if one of the images is in ``folder``, where outputs would be taken for images."""
-    for image in images:
-        if image.parent.resolve() == folder.resolve():
+def check_folder(folder: Path, images: Mapping[Path, Path]) -> None:
+    """Raise InputError if an output in ``folder`` would be beside its image, where it would be taken for another."""
+    for image, name in images.items():
+        if image.parent.resolve() == (folder / name).parent.resolve():
             raise InputError(f"{folder}: holds {image.name}: choose another folder for what is made of it")
 
 
@@ -162,27 +154,45 @@ def save_png(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path, format="PNG", pnginfo=mark)
 
 
-def color_images(
-    forward: Forward, paths: Sequence[Path], folder: Path, table: ClassTable, accelerator: Accelerator
+def write_predictions(
+    forward: Forward,
+    images: Mapping[Path, Path],
+    table: ClassTable,
+    accelerator: Accelerator,
+    save: Path | None = None,
+    export: Path | None = None,
 ) -> None:
-    """Write NAME.png (class colors), NAME_overlay.png (mean of image and colors) and one legend.png to ``folder``.
+    """Write the predictions for images.
+
+    Args:
+        images: image file -> name of its outputs, without ending.
+        save: folder for NAME.png (class colors), NAME_overlay.png (mean of image and colors) and one legend.png.
+        export: folder for NAME.png of label ids, or of class colors if a class has no id.
 
     Raises:
-        InputError: an image is invalid, or would be overwritten.
+        InputError: an image is invalid, or a file would be overwritten that this program has not written.
     """
-    images = list_images(paths)
-    check_folder(folder, images)
-    names = [name for path in images for name in (path.stem, f"{path.stem}_overlay")]
-    if len({*names, "legend"}) <= len(names):
-        raise InputError(f"--images: expected names whose outputs differ, found {', '.join(sorted(names))}: rename one")
-    for path in rank_shard(images, accelerator, "coloring"):
-        image, classes = predict_file(forward, path)
-        colors = table.palette[classes]  # (H, W, 3)
-        save_png(colors, folder / f"{path.stem}.png")
-        save_png(((image.astype(np.uint16) + colors) // 2).astype(np.uint8), folder / f"{path.stem}_overlay.png")
-    if accelerator.is_main:
-        save_png(draw_legend(table), folder / "legend.png")
-    accelerator.print0(f"{len(images)} images: NAME.png, NAME_overlay.png and legend.png in {folder}")
+    labels = table.palette if min(table.ids) < 0 else np.array(table.ids, np.uint8)  # by train id
+    names = [f"{name}{ending}" for name in images.values() for ending in ("", "_overlay")]
+    if save and len({*names, "legend"}) <= len(names):
+        raise InputError(f"--save: expected images whose outputs differ, found {', '.join(sorted(names))}: rename one")
+    for folder in filter(None, (save, export)):
+        check_folder(folder, images)
+    for path, name in rank_shard(list(images.items()), accelerator, "predicting"):
+        image = read_image(path)
+        logits = forward(to_tensor(image)[None])[0]
+        classes = logits.max(dim=1).indices[0].byte().cpu().numpy()  # (H, W); on a CPU 5 times as fast as argmax
+        if export:
+            save_png(labels[classes], export / f"{name}.png")
+        if save:
+            colors = table.palette[classes]  # (H, W, 3)
+            save_png(colors, save / f"{name}.png")
+            save_png(((np.asarray(image, np.uint16) + colors) // 2).astype(np.uint8), save / f"{name}_overlay.png")
+    if save and accelerator.is_main:
+        save_png(draw_legend(table), save / "legend.png")
+    for folder, files in ((save, "NAME.png, NAME_overlay.png and legend.png"), (export, "NAME.png")):
+        if folder:
+            accelerator.print0(f"{len(images)} images: {files} in {folder}")
 
 
 def draw_legend(table: ClassTable, row: int = 24) -> np.ndarray:

@@ -217,12 +217,6 @@ def test_a_palette_and_equal_channels_are_ids_or_colors(tmp_path):
     assert read_label(tmp_path / "mask.png", mask).tolist() == LABEL
 
 
-def test_an_unknown_value_names_the_file(tmp_path):
-    path = save(tmp_path / "x.png", [[0, 0], [0, 3]])
-    with pytest.raises(InputError, match=f"^{path}: 25.*3"):
-        read_label(path, TABLE)
-
-
 # ---- data sets -------------------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,19 @@ def test_the_model_in_the_box_has_its_score(script, tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["mIoU"] == pytest.approx(0.7008, abs=1e-3)
 
 
+def test_images_of_a_split_keep_their_names_and_folders(main, trained, data, tmp_path):
+    cities = [tmp_path / "data/leftImg8bit/test" / city for city in ("a", "b")]
+    for city, image in zip(cities, sorted(data.glob("leftImg8bit/val/*/*.png"))):  # of one name in two cities
+        city.mkdir(parents=True)
+        shutil.copy(image, city / "x_leftImg8bit.png")
+    flags = ["--ckpt", trained / "last.pt", "--data-path", tmp_path / "data", "--split", "test", "--device", "cpu"]
+    main("evaluate.py", *flags, "--export", tmp_path / "ids", "--explain", tmp_path / "steps")
+    found = {str(path.relative_to(tmp_path)) for folder in ("ids", "steps") for path in tmp_path.glob(f"{folder}/*/*")}
+    assert found == {f"{name}.png" for city in "ab" for name in (
+        f"ids/{city}/x_leftImg8bit", *(f"steps/{city}/x_leftImg8bit_{step}" for step in STEPS)
+    )}  # fmt: skip
+
+
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
@@ -165,10 +178,9 @@ def test_flags_of_inference_reach_every_prediction(main, trained, data, tmp_path
         ("--images x.png --explain out --scales 2", "--explain"),
         ("--images x.png --explain out --slide 32 32", "--explain"),
         ("--images x.png", "--images"),
-        ("--save out", "--images"),
         ("--images x.png --save out --export out", "--export"),
-        ("--images x.png --save out --json x.json", "--json"),
         ("--export out --json x.json", "--json"),
+        ("--export out --long-side 100", "--images"),
         ("--images x.png --explain out --compile", "--compile"),
         ("--scales 0", "--scales"),
         ("--slide 0 32", "--slide"),

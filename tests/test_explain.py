@@ -5,15 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from ocrnet import InputError
 from ocrnet.data.classes import CITYSCAPES
-from ocrnet.data.datasets import find_images
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
 from ocrnet.explain import (
     draw_relation,
     explain,
-    explain_images,
     most_confident_pixels,
 )
 from ocrnet.inference import make_forward
@@ -94,9 +91,3 @@ def test_most_confident_pixel_of_each_class_is_chosen():
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def test_model_without_regions_is_refused(cpu, data, tmp_path):
-    with pytest.raises(InputError) as error:
-        explain_images(build_model("hr18s", head="fcn"), find_images(data, "val"), tmp_path, CITYSCAPES, cpu)
-    assert "--explain" in str(error.value)

@@ -11,8 +11,8 @@ from ocrnet.data.classes import CITYSCAPES, ClassTable
 from ocrnet.data.datasets import EvalDataset, find_samples, read_label
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
-from ocrnet.evaluation import evaluate, export_ids, export_targets, sample_predictions
-from ocrnet.inference import color_images, list_images, make_forward, rank_shard, slide_inference
+from ocrnet.evaluation import evaluate, sample_predictions
+from ocrnet.inference import list_images, make_forward, rank_shard, slide_inference, write_predictions
 
 
 class Pointwise(nn.Module):
@@ -132,7 +132,7 @@ def test_folders_are_listed_by_their_images(tmp_path):
     (tmp_path / "photos/notes.txt").write_text("")
     save_images(tmp_path / "photos/deeper", "c.png")
     alone = save_images(tmp_path, "d.png")
-    assert list_images([tmp_path / "photos", *alone]) == inside + alone
+    assert list(list_images([tmp_path / "photos", *alone])) == inside + alone
 
 
 def test_unusable_paths_are_named(tmp_path):
@@ -158,10 +158,10 @@ def by_red(image):
     return (nn.functional.one_hot(image[:, 0].long() % 19, 19).permute(0, 3, 1, 2).float(),)
 
 
-def test_images_are_colored_by_class(cpu, tmp_path):
-    paths = save_images(tmp_path / "photos", "a.png", "b.jpg")
-    color_images(by_red, paths, tmp_path / "out", CITYSCAPES, cpu)
-    image = np.asarray(Image.open(paths[0]))
+def test_images_are_colored_by_class_and_exported_as_ids(cpu, tmp_path):
+    images = list_images(save_images(tmp_path / "photos", "a.png", "b.jpg"))
+    write_predictions(by_red, images, CITYSCAPES, cpu, tmp_path / "out", tmp_path / "ids")
+    image = np.asarray(Image.open(tmp_path / "photos/a.png"))
     classes = image[..., 0] % 19
     colors, mixed = (np.asarray(Image.open(tmp_path / f"out/{name}.png")).astype(int) for name in ("a", "a_overlay"))
     assert np.array_equal(colors, CITYSCAPES.palette[classes])
@@ -171,20 +171,33 @@ def test_images_are_colored_by_class(cpu, tmp_path):
     }  # fmt: skip
     legend = np.asarray(Image.open(tmp_path / "out/legend.png")).reshape(-1, 3)
     assert all((legend == color).all(1).any() for color in CITYSCAPES.palette[:19])
+    assert sorted(path.name for path in (tmp_path / "ids").iterdir()) == ["a.png", "b.png"]
+    assert np.array_equal(Image.open(tmp_path / "ids/a.png"), np.array(CITYSCAPES.ids)[classes])
+    table = ClassTable([label._replace(id=-1) for label in CITYSCAPES.labels])
+    write_predictions(by_red, images, table, cpu, export=tmp_path / "colors")
+    assert np.array_equal(read_label(tmp_path / "colors/a.png", table), classes)
 
 
 def test_only_own_outputs_are_overwritten(cpu, tmp_path):
-    paths = save_images(tmp_path, "a.png")
-    before = paths[0].read_bytes()
+    a, b, overlay = save_images(tmp_path, "a.png", "b.png", "a_overlay.png")
+    before = a.read_bytes()
     for _ in range(2):  # the second time over its own images
-        color_images(by_red, paths, tmp_path / "out", CITYSCAPES, cpu)
-    Image.open(paths[0]).save(tmp_path / "out/b.png")
+        write_predictions(by_red, list_images([a]), CITYSCAPES, cpu, tmp_path / "out")
+    Image.open(a).save(tmp_path / "out/b.png")
     with pytest.raises(InputError, match=f"^{tmp_path / 'out/b.png'}: "):
-        color_images(by_red, save_images(tmp_path, "b.png"), tmp_path / "out", CITYSCAPES, cpu)
-    assert paths[0].read_bytes() == before
-    with pytest.raises(InputError, match="^--images: "):  # the overlay of a.png would be both
-        color_images(by_red, [*paths, *save_images(tmp_path, "a_overlay.png")], tmp_path / "new", CITYSCAPES, cpu)
+        write_predictions(by_red, list_images([b]), CITYSCAPES, cpu, tmp_path / "out")
+    assert a.read_bytes() == before
+    with pytest.raises(InputError, match="^--save: "):  # the overlay of a.png would be both
+        write_predictions(by_red, list_images([a, overlay]), CITYSCAPES, cpu, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_outputs_are_not_written_among_the_images(cpu, tmp_path):
+    images = list_images(save_images(tmp_path, "a.jpg"))  # a.png beside it would be an image of the same name
+    for folder in ("save", "export"):
+        with pytest.raises(InputError, match=f"^{tmp_path}: "):
+            write_predictions(by_red, images, CITYSCAPES, cpu, **{folder: tmp_path})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -215,41 +228,6 @@ def test_samples_show_both_predictions(cpu, data):
         assert np.array_equal(image, expected.permute(1, 2, 0)) and np.array_equal(label, expected_label)
         logits, region_logits = make_forward(model, cpu)(expected[None])
         assert np.array_equal(final, logits[0].argmax(0)) and np.array_equal(aux, region_logits[0].argmax(0))
-
-
-def test_export_writes_label_ids(cpu, data, tmp_path):
-    export_ids(by_red, export_targets(data, "val", tmp_path), CITYSCAPES, cpu)
-    images = [sample.image for sample in find_samples(data, "val")]
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in images}
-    train_ids = np.asarray(Image.open(images[0]))[..., 0] % 19
-    assert np.array_equal(Image.open(tmp_path / images[0].name), np.array(CITYSCAPES.ids)[train_ids])
-
-
-def test_outputs_are_not_written_among_the_images(cpu, tmp_path):
-    [path] = save_images(tmp_path, "a.jpg")  # a.png beside it would be an image of the same name
-    with pytest.raises(InputError, match=f"^{tmp_path}: "):
-        color_images(by_red, [path], tmp_path, CITYSCAPES, cpu)
-    with pytest.raises(InputError, match=f"^{tmp_path}: "):
-        export_ids(by_red, {path: tmp_path / "a.png"}, CITYSCAPES, cpu)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_images_of_one_name_in_two_cities_are_not_exported(cpu, data, tmp_path):
-    image = find_samples(data, "val")[0].image
-    for city in ("a", "b"):
-        target = tmp_path / "data/leftImg8bit/val" / city / image.name
-        target.parent.mkdir(parents=True)
-        target.write_bytes(image.read_bytes())
-    with pytest.raises(InputError, match="^--export: "):
-        export_targets(tmp_path / "data", "val", tmp_path / "out")
-
-
-def test_classes_without_ids_are_exported_as_colors(cpu, data, tmp_path):
-    table = ClassTable([label._replace(id=-1) for label in CITYSCAPES.labels])
-    targets = export_targets(data, "val", tmp_path)
-    export_ids(by_red, targets, table, cpu)
-    for image, target in targets.items():
-        assert np.array_equal(read_label(target, table), np.asarray(Image.open(image))[..., 0] % 19)
 
 
 def test_an_enlarged_photo_is_seen_at_the_size_of_training(cpu):

@@ -64,12 +64,6 @@ def test_class_weights_apply_to_both_outputs():
     torch.testing.assert_close(parts, torch.stack(expected))
 
 
-def test_without_an_auxiliary_output_the_loss_is_that_of_the_final_one():
-    logits, label = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
-    loss, parts = ocr_loss((logits,), label)
-    assert loss == cross_entropy(logits, label) == parts[0] and parts[1] == 0
-
-
 # ---- schedule --------------------------------------------------------------------------------------------------------
 
 

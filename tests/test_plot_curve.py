@@ -96,13 +96,6 @@ def test_logs_of_one_name_are_told_apart_by_their_paths(main, logs, tmp_path, ca
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == list(map(str, paths))
 
 
-def test_a_file_without_entries_and_a_missing_one_are_named(main, tmp_path):
-    (tmp_path / "empty.log").write_text("hello\n")
-    for name in ("empty.log", "missing.log"):
-        with pytest.raises(InputError, match=f"^{tmp_path / name}: "):
-            main("plot_curve.py", tmp_path / name)
-
-
 def test_only_own_figures_are_overwritten(main, logs, tmp_path):
     for _ in range(2):
         main("plot_curve.py", *logs, "--output", tmp_path / "curve.png")

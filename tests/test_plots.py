@@ -20,7 +20,6 @@ from ocrnet.plots import (
     plt,
     save_samples,
     save_scores,
-    smooth,
 )
 
 
@@ -98,12 +97,6 @@ def test_tall_images_and_many_classes_make_figures_of_reasonable_size(tmp_path, 
     save_scores(tmp_path / "scores.png", confusion, table, "last.pt")
     for name in ("samples", "scores"):
         assert max(Image.open(tmp_path / f"{name}.png").size) < 4000
-
-
-def test_smoothing_is_the_mean_of_the_last_values():
-    values = np.random.default_rng(0).random(20)
-    expected = [values[max(i - 4, 0) : i + 1].mean() for i in range(20)]
-    assert smooth(values, window=5) == pytest.approx(expected)
 
 
 def test_rows_of_a_legend_are_about_equally_long():

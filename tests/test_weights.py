@@ -91,6 +91,8 @@ def saved(tmp_path):
     "theirs, name, head, digest",
     [
         (as_mmsegmentation, "hr18s", "ocr", "35b8ad16234a11d0"),
+        (as_mmsegmentation, "hr18", "ocr", "acc90f2ecca26190"),
+        (as_mmsegmentation, "hr48", "ocr", "6b3572094f7b3cfc"),
         (as_mmsegmentation, "hr18s", "fcn", "3aafdb42a0922767"),
         (as_mmsegmentation, "r101", "ocr", "60d1960c69cb7bb6"),
         (as_authors, "hr48", "ocr", "185843908bee013f"),

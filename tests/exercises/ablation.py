@@ -1,4 +1,4 @@
-"""Measure the table of exercises: train each solution on the demo with several seeds, and evaluate it.
+"""Measure the table of exercises: train each solution on the demo with several seeds.
 
     python tests/exercises/ablation.py                                18 runs of 5 to 12 minutes on one core
     python tests/exercises/ablation.py --seeds 0 --only detach fcn    two of them
@@ -8,7 +8,6 @@ Runs that are finished are not repeated, interrupted ones are resumed.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,10 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ocrnet.logs import read_log  # noqa: E402
+
 EXERCISES = {  # flags of train.py
     "ocr": [],
     "detach": [],
@@ -28,26 +31,15 @@ EXERCISES = {  # flags of train.py
 }
 
 
-def commands(exercise: str) -> tuple[list[str], list[str]]:
-    """The commands that train and evaluate an exercise, without flags."""
-    solution = FOLDER / f"{exercise}.py"
-    if solution.exists():
-        return [sys.executable, str(solution)], [sys.executable, str(solution), "evaluate"]
-    return [sys.executable, str(ROOT / "train.py")], [sys.executable, str(ROOT / "evaluate.py")]
-
-
-def measure(exercise: str, seed: int, output_dir: Path, flags: list[str], data: Path) -> dict:
-    """Train and evaluate unless that is done. Return the scores of ``evaluate.py --json``, and trained parameters."""
-    run, scores = output_dir / f"{exercise}-{seed}", output_dir / f"{exercise}-{seed}.json"
-    if not scores.exists():
-        train, evaluate = commands(exercise)
-        train += ["--demo", "--data-path", str(data), "--output-dir", str(run), "--seed", str(seed), "--resume"]
-        subprocess.run(train + EXERCISES[exercise] + flags, check=True)
-        evaluate += ["--ckpt", str(run / "last.pt"), "--data-path", str(data), "--json", str(scores)]
-        subprocess.run(evaluate, check=True, stdout=subprocess.DEVNULL)
+def measure(exercise: str, seed: int, folder: Path, flags: list[str]) -> tuple[float, int]:
+    """Train an exercise. Return the mIoU of its last validation in %, and the number of trained parameters."""
+    run, solution = folder / f"{exercise}-{seed}", FOLDER / f"{exercise}.py"
+    paths = ["--data-path", folder / "synthetic", "--output-dir", run]
+    command = [sys.executable, solution if solution.exists() else ROOT / "train.py", "--demo", "--resume", *paths]
+    subprocess.run([*map(str, command), "--seed", str(seed), *EXERCISES[exercise], *flags], check=True)
     state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
     parameters = sum(x["momentum_buffer"].numel() for x in state["optimizer"]["state"].values())
-    return {**json.loads(scores.read_text()), "parameters": parameters}
+    return 100 * read_log(run).val[-1]["mIoU"], parameters
 
 
 def main() -> None:
@@ -56,16 +48,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=EXERCISES, default=list(EXERCISES), metavar="NAME")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"), metavar="DIR")
     args, flags = parser.parse_known_args()
-    folder = args.output_dir.resolve()
     results = {
-        exercise: [measure(exercise, seed, folder, flags, folder / "synthetic") for seed in args.seeds]
+        exercise: [measure(exercise, seed, args.output_dir.resolve(), flags) for seed in args.seeds]
         for exercise in args.only
     }
     print("| | trained parameters | mIoU of each seed | mean |\n| --- | --- | --- | --- |")
     for exercise, runs in results.items():
-        miou = [100 * scores["mIoU"] for scores in runs]
-        each, mean = ", ".join(f"{x:.1f}" for x in miou), statistics.mean(miou)
-        print(f"| {exercise} | {runs[0]['parameters']:,} | {each} | {mean:.1f} |")
+        miou, parameters = zip(*runs)
+        each = ", ".join(f"{x:.1f}" for x in miou)
+        print(f"| {exercise} | {parameters[0]:,} | {each} | {statistics.mean(miou):.1f} |")
 
 
 if __name__ == "__main__":

@@ -278,4 +278,5 @@ def write_dataset(root: Path, splits: dict[str, int] = SPLITS) -> None:
         whole = Path(part, root.name)
         scenes = [(split, index) for split, count in splits.items() for index in range(count)]
         process_map(partial(write_scene, whole), *zip(*scenes), desc="drawing streets", disable=None)
-        whole.rename(root)
+        if not root.exists():  # as it does where another process was faster
+            whole.rename(root)

@@ -134,11 +134,10 @@ def test_images_of_a_split_keep_their_names_and_folders(main, trained, data, tmp
         city.mkdir(parents=True)
         shutil.copy(image, city / "x_leftImg8bit.png")
     flags = ["--ckpt", trained / "last.pt", "--data-path", tmp_path / "data", "--split", "test", "--device", "cpu"]
-    main("evaluate.py", *flags, "--export", tmp_path / "ids", "--explain", tmp_path / "steps")
-    found = {str(path.relative_to(tmp_path)) for folder in ("ids", "steps") for path in tmp_path.glob(f"{folder}/*/*")}
-    assert found == {f"{name}.png" for city in "ab" for name in (
-        f"ids/{city}/x_leftImg8bit", *(f"steps/{city}/x_leftImg8bit_{step}" for step in STEPS)
-    )}  # fmt: skip
+    main("evaluate.py", *flags, "--export", tmp_path / "ids", "--save", tmp_path / "colors")
+    found = {str(path.relative_to(tmp_path)) for folder in ("ids", "colors") for path in tmp_path.glob(f"{folder}/*/*")}
+    files = ("ids/{}/x_leftImg8bit.png", "colors/{}/x_leftImg8bit.png", "colors/{}/x_leftImg8bit_overlay.png")
+    assert found == {file.format(city) for city in "ab" for file in files}
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,7 @@ from torch import nn
 from ocrnet.data.classes import CITYSCAPES
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
-from ocrnet.explain import (
-    draw_relation,
-    explain,
-    most_confident_pixels,
-)
+from ocrnet.explain import draw_relation, explain, most_confident_pixels
 from ocrnet.inference import make_forward
 from ocrnet.models import build_model
 from ocrnet.plots import plt
@@ -88,6 +84,3 @@ def test_most_confident_pixel_of_each_class_is_chosen():
     final, confidence = np.array([[3, 3, 7], [3, 7, 7]]), np.array([[0.2, 0.9, 0.3], [0.5, 0.8, 0.4]])
     assert most_confident_pixels(final, confidence) == [(1, 0), (1, 1)]
     assert len(most_confident_pixels(np.arange(50)[None], np.ones((1, 50)))) == 20
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------

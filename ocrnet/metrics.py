@@ -45,18 +45,13 @@ class ConfusionMatrix:
             raise ValueError(f"target: expected values 0 .. {k - 1} and {IGNORE_INDEX}, found {found}")
         self.counts += pairs[:k]
 
-    def false_positives(self) -> Tensor:
-        """Pixels predicted as each class that have another label, float64 (K,)."""
-        counts = self.counts.cpu().double()
-        return counts.sum(0) - counts.diag()
-
     def iou(self) -> Tensor:
         """true positives / (true positives + false positives + false negatives), float64 (K,).
 
         nan for a class that is neither labeled nor predicted, and 0 for one that is predicted only.
         """
         counts = self.counts.cpu().double()
-        return counts.diag() / (counts.sum(1) + self.false_positives())
+        return counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
 
     def mean_iou(self) -> float:
         """mIoU: the mean of the IoUs that are not nan."""

@@ -37,7 +37,7 @@ from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset, cou
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
-from ocrnet.evaluation import evaluate, without_nan
+from ocrnet.evaluation import evaluate, summarize
 from ocrnet.inference import make_forward
 from ocrnet.logs import trim_log
 from ocrnet.losses import ocr_loss, poly_lr
@@ -178,21 +178,20 @@ def main() -> None:
                 if signals:  # which also ended a data loader worker; last.pt is saved
                     sys.exit(128 + signals[0])
                 raise
-            validated, miou = iteration, confusion.mean_iou()
+            scores = summarize(confusion, table)
+            validated, miou = iteration, scores["mIoU"]
             if miou > best:
                 best = miou
                 save("best.pt")
-            iou = without_nan(table.names, confusion.iou())
-            log({"split": "val", "iter": iteration, "mIoU": miou, "loss": loss, "IoU": iou})
+            log({"split": "val", "iter": iteration, "mIoU": miou, "loss": loss, "IoU": scores["IoU"]})
             if is_main:
                 from ocrnet.plots import draw_run  # only here: matplotlib is slow to import
 
                 draw_run(args.output_dir, forward, val_set, confusion)
             save("last.pt")
             net.train()
-            print0(
-                f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {confusion.pixel_accuracy():.2%}, loss {loss:.4f}"
-            )
+            accuracy = scores["pixel_accuracy"]
+            print0(f"iter {iteration}: mIoU {miou:.2%}, pixel accuracy {accuracy:.2%}, loss {loss:.4f}")
             since += time.perf_counter() - began
         if iteration == args.max_iters:
             break

@@ -82,17 +82,12 @@ def sample_predictions(forward: Forward, dataset: EvalDataset, count: int = 4) -
 # ---- scores as numbers and as a table --------------------------------------------------------------------------------
 
 
-def without_nan(names: list[str], values: Tensor) -> dict[str, float | None]:
-    """A value for each name; None, which JSON has, instead of nan."""
-    return {name: None if math.isnan(x) else x for name, x in zip(names, values.tolist())}
-
-
 def summarize(confusion: ConfusionMatrix, table: ClassTable) -> dict:
-    """Scores 0 .. 1; None for a class that is neither labeled nor predicted."""
+    """Scores 0 .. 1; None, as JSON has no nan, for a class that is neither labeled nor predicted."""
     return {
         "mIoU": confusion.mean_iou(),
         "pixel_accuracy": confusion.pixel_accuracy(),
-        "IoU": without_nan(table.names, confusion.iou()),
+        "IoU": {name: None if math.isnan(x) else x for name, x in zip(table.names, confusion.iou().tolist())},
         "pixels": dict(zip(table.names, confusion.counts.sum(1).tolist())),
     }
 

@@ -22,6 +22,7 @@ from .classes import IGNORE_INDEX
 MEAN = (123.675, 116.28, 103.53)  # ImageNet's RGB mean, for values 0 .. 255
 STD = (58.395, 57.12, 57.375)
 PAD_COLOR = (124, 116, 104)  # the mean, which normalization maps to about 0
+CAT_MAX_RATIO = 0.75  # share of one class from which on a crop is sampled again
 NO_CHANGE = (0.0, 1.0, 1.0, 0.0, 1.0)  # a photometric distortion without effect
 
 
@@ -37,17 +38,12 @@ class CropParams(NamedTuple):
 
 
 def sample_crop(
-    label: np.ndarray,
-    crop_size: tuple[int, int],
-    rng: random.Random,
-    scale_range: tuple[float, float] = (0.5, 2.0),
-    cat_max_ratio: float = 0.75,
+    label: np.ndarray, crop_size: tuple[int, int], rng: random.Random, scale_range: tuple[float, float]
 ) -> tuple[CropParams, Tensor]:
     """Sample scale, flip and position of a crop. Return its parameters and the cropped label (h, w).
 
-    The position is sampled again, up to ten times, while one class covers ``cat_max_ratio`` or more of the crop's
-    labeled pixels; with a ``cat_max_ratio`` of 1 it is sampled once. Where the resized image is smaller than the crop,
-    the crop holds all of it.
+    The position is sampled again, up to ten times, while one class covers ``CAT_MAX_RATIO`` or more of the crop's
+    labeled pixels. Where the resized image is smaller than the crop, the crop holds all of it.
 
     Args:
         label: uint8 (H, W).
@@ -58,12 +54,12 @@ def sample_crop(
     height, width = (min(round(side / scale), whole) for side, whole in zip(crop_size, label.shape))
     size = [min(side, max(round(whole * scale), 1)) for side, whole in zip(crop_size, label.shape)]
     flip = rng.random() < 0.5
-    for _ in range(11 if cat_max_ratio < 1 else 1):
+    for _ in range(11):
         top, left = rng.randint(0, label.shape[0] - height), rng.randint(0, label.shape[1] - width)
         params = CropParams(top, left, height, width, size, flip)
         cropped = crop_label(label, params, crop_size)
         counts = torch.bincount(cropped.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
-        if counts.count_nonzero() > 1 and counts.max() < cat_max_ratio * counts.sum():
+        if counts.count_nonzero() > 1 and counts.max() < CAT_MAX_RATIO * counts.sum():
             break
     return params, cropped
 

@@ -78,12 +78,14 @@ def fitting_workers(workers: int, batch_bytes: int) -> int:
 
 def check_output(path: Path) -> None:
     """Raise InputError if ``path`` exists, unless it is an image or the scores that this program wrote."""
-    with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:  # PIL raises SyntaxError for bad PNGs
-        if image.info.get("Software") == SOFTWARE:
-            return
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if path.is_file() and {"mIoU", "IoU"} <= json.loads(path.read_text()).keys():
-            return
+    if path.is_file():  # not a pipe, from which reading would wait
+        # PIL raises SyntaxError for bad PNGs
+        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:
+            if image.info.get("Software") == SOFTWARE:
+                return
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if {"mIoU", "IoU"} <= json.loads(path.read_text()).keys():
+                return
     if path.exists():
         raise InputError(f"{path}: exists, and is not an output of this program: choose another folder or name")
 

@@ -56,8 +56,9 @@ def test_a_data_set_that_is_not_there_is_named(main, trained, tmp_path):
 
 def test_scores_are_not_written_over_something_else(main, trained, data, tmp_path):
     (tmp_path / "x.json").write_text("[]")
+    os.mkfifo(tmp_path / "pipe")
     flags = ["--ckpt", trained / "last.pt", "--data-path", data, "--device", "cpu"]
-    for path in (tmp_path / "x.json", "/dev/null", data / "gtFine"):
+    for path in (tmp_path / "x.json", tmp_path / "pipe", "/dev/null", data / "gtFine"):
         with pytest.raises(InputError, match=f"^{path}: "):
             main("evaluate.py", *flags, "--json", path)
     for _ in range(2):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ocrnet import InputError
 
-TRAIN = [{"split": "train", "iter": i, "loss": 3 / i, "lr": 0.01 / i} for i in (1, 2, 3, 4)]
+LOSSES = [3, 1.5, 1, 0.75]
 VAL = [{"split": "val", "iter": 2, "mIoU": 0.25}, {"split": "val", "iter": 4, "mIoU": 0.125}]
 MMENGINE = (
     "05/01 09:59:00 - mmengine - \x1b[4m\x1b[32mINFO\x1b[0m - Iter(train) [ 1/40000]  lr: 1e-02  loss: 2.5\n"
@@ -18,13 +18,19 @@ MMENGINE = (
 )
 
 
+def run_of(folder, losses, more=()):
+    """The folder of a run with these training losses."""
+    folder.mkdir()
+    train = [{"split": "train", "iter": i, "loss": loss, "lr": 0.01 / i} for i, loss in enumerate(losses, 1)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in (*train, *more)))
+    return folder
+
+
 @pytest.fixture
 def logs(tmp_path):
     """The folder of a run, and a log of mmengine."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in TRAIN + VAL))
     (tmp_path / "original.log").write_text(MMENGINE)
-    return tmp_path / "run", tmp_path / "original.log"
+    return run_of(tmp_path / "run", LOSSES, VAL), tmp_path / "original.log"
 
 
 def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys):
@@ -35,38 +41,29 @@ def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys)
 
 
 def test_losses_are_compared_by_absolute_differences(main, logs, tmp_path, capsys):
-    def log(name, factors):
-        (tmp_path / name).mkdir()
-        lines = [{**entry, "loss": entry["loss"] * factor} for entry, factor in zip(TRAIN, factors)]
-        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return tmp_path / name
+    def scaled(name, *factors):
+        return run_of(tmp_path / name, [loss * factor for loss, factor in zip(LOSSES, factors, strict=True)])
 
-    main("plot_curve.py", log("close", [1.04, 0.98, 1.01, 0.97]), logs[0], "--compare")
+    main("plot_curve.py", scaled("close", 1.04, 0.98, 1.01, 0.97), logs[0], "--compare")
     assert "2.50%" in capsys.readouterr().out and not list(tmp_path.rglob("*.png"))
     for name, factors in (("lower", [0.6] * 4), ("crossing", [1.2, 0.8, 1.2, 0.8])):  # whose signed means pass
         with pytest.raises(SystemExit) as error:
-            main("plot_curve.py", log(name, factors), logs[0], "--compare")
+            main("plot_curve.py", scaled(name, *factors), logs[0], "--compare")
         assert error.value.code == 1
-    close = [{**entry, "loss": 1e-3 * entry["loss"]} for entry in TRAIN]
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in close))
-    main("plot_curve.py", log("tiny", [1.1e-3, 1e-3, 1e-3, 1e-3]), tmp_path / "small", "--compare")  # 0.000075 apart
+    small = scaled("small", 1e-3, 1e-3, 1e-3, 1e-3)
+    main("plot_curve.py", scaled("tiny", 1.1e-3, 1e-3, 1e-3, 1e-3), small, "--compare")  # 0.000075 apart
 
 
 def test_a_run_equals_its_own_first_part(main, tmp_path, capsys):
-    for name, count in (("whole", 200), ("part", 50)):
-        (tmp_path / name).mkdir()
-        lines = [json.dumps({"split": "train", "iter": i, "loss": 1 / i, "lr": 0.1}) for i in range(1, count + 1)]
-        (tmp_path / name / "log.jsonl").write_text("\n".join(lines) + "\n")
-    main("plot_curve.py", tmp_path / "part", tmp_path / "whole", "--compare")
+    losses = [1 / i for i in range(1, 201)]
+    part, whole = run_of(tmp_path / "part", losses[:50]), run_of(tmp_path / "whole", losses)
+    main("plot_curve.py", part, whole, "--compare")
     assert " 0.00%" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_a_number_is_not_equal(main, logs, tmp_path):
-    (tmp_path / "nan").mkdir()
-    lines = [{**entry, "loss": float("nan")} for entry in TRAIN]
-    (tmp_path / "nan/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for pair in ((tmp_path / "nan", logs[0]), (tmp_path / "nan", tmp_path / "nan")):
+    nan = run_of(tmp_path / "nan", [float("nan")] * 4)
+    for pair in ((nan, logs[0]), (nan, nan)):
         with pytest.raises(SystemExit) as error:
             main("plot_curve.py", *pair, "--compare")
         assert error.value.code == 1

@@ -160,16 +160,18 @@ def test_a_run_stopped_before_a_validation_starts_with_it(main, trained, data, t
     assert load_checkpoint(folder / "last.pt")["validated"] == 8
 
 
-def test_a_run_continues_with_other_processes_where_the_global_batch_stays(
+def test_a_run_continues_with_other_processes_and_flags_where_the_global_batch_stays(
     main, trained, data, tmp_path, no_figures, capsys
 ):
     folder = copy_at(trained, tmp_path / "run", iter=7, validated=4)
-    flags = ["--data-path", data, "--output-dir", folder, "--resume", "--lr", 0.02]
+    flags = ["--data-path", data, "--output-dir", folder, "--resume", "--lr", 0.02, "--weight-decay", 0.25]
     main("train.py", *EIGHT_ITERATIONS, *TWO_AS_ONE, *flags)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE: ")]
     for name, values in {"device": "12", "accum_steps": "21", "lr": ("0.02", "0.01")}.items():
         assert any(f" {name} " in note and all(value in note for value in values) for note in notes), name
     assert [(entry["split"], entry["iter"]) for entry in entries(folder / "log.jsonl")] == [("train", 8), ("val", 8)]
+    [group] = load_checkpoint(folder / "last.pt")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.25
 
 
 def test_another_run_is_not_resumed(main, trained, data, tmp_path):
@@ -206,25 +208,18 @@ def test_other_settings_are_noted_with_both_values():
     assert all(part in note for part in ("lr", "0.01", "0.02"))
 
 
-def test_a_resumed_run_takes_the_weight_decay_of_its_flags(main, trained, data, tmp_path, no_figures):
-    folder = copy_at(trained, tmp_path / "run", iter=7, validated=4)
-    flags = ["--data-path", data, "--output-dir", folder, "--resume", "--weight-decay", 0.25]
-    main("train.py", *EIGHT_ITERATIONS, *TWO_AS_ONE, *flags)
-    [group] = load_checkpoint(folder / "last.pt")["optimizer"]["param_groups"]
-    assert group["weight_decay"] == 0.25
-
-
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.jsonl"])
-def test_a_folder_with_a_part_of_a_run_is_not_written_to(main, data, trained, tmp_path, name):
+def test_a_folder_with_a_part_of_a_run_is_refused_before_data_is_read(main, trained, tmp_path, name):
     shutil.copy(trained / name, tmp_path)
+    flags = [*RUN, "--data-path", tmp_path / "missing", "--output-dir", tmp_path]
     with pytest.raises(InputError, match=f"^--output-dir {tmp_path}: "):
-        main("train.py", *RUN, "--data-path", data, "--output-dir", tmp_path)
+        main("train.py", *flags)
     if name == "best.pt":  # resuming would start again, and overwrite it
         with pytest.raises(InputError, match="^--resume: "):
-            main("train.py", *RUN, "--data-path", data, "--output-dir", tmp_path, "--resume")
+            main("train.py", *flags, "--resume")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

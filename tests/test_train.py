@@ -79,13 +79,6 @@ def test_the_best_checkpoint_is_that_of_the_highest_miou(trained):
     assert (state["iter"], state["best"]) == (best["iter"], best["mIoU"])
 
 
-def test_a_run_is_not_overwritten_and_no_data_is_read_before(main, trained, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
-    with pytest.raises(InputError, match=f"^--output-dir {trained}: "):
-        main("train.py", *RUN, "--data-path", tmp_path / "missing", "--output-dir", trained)
-    assert before == {path: path.stat().st_mtime_ns for path in trained.iterdir()}
-
-
 def test_a_run_prints_its_sizes_and_notes_what_is_unusual(main, data, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "catch_stop_signals", raise_reached)
     flags = [*RUN, "--workers", 0, "--max-iters", 700, "--data-path", data, "--output-dir", tmp_path / "run"]

@@ -54,9 +54,7 @@ def main() -> None:
         write_dataset(root)
     for name, ending in ZIPS.items() if args.zips else ():
         unpack(args.zips / name, ending, root)
-    splits = sorted(
-        path.name for path in image_folder(root).glob("*") if path.is_dir() and not path.name.startswith(".")
-    )
+    splits = sorted(path.name for path in image_folder(root).glob("[!.]*") if path.is_dir())
     if split_folder(root, "train").name == "images":
         splits = ["train", "val"]  # drawn by name
     if not splits:
@@ -68,7 +66,6 @@ def main() -> None:
         print_starter(root)
         raise InputError(f"{root / 'classes.json'}: expected the classes: name those above, and save them there")
     table, shares = read_classes(root), {}
-    convert = not (root / "classes.json").exists()  # Cityscapes
     for split in splits:
         try:
             samples = find_samples(root, split)
@@ -77,7 +74,7 @@ def main() -> None:
                 raise
             print(f"{split}: {len(find_images(root, split))} images without labels")
             continue
-        check_one = partial(check, table=table, convert=convert)
+        check_one = partial(check, table=table, convert=table is CITYSCAPES)
         counts = sum(process_map(check_one, samples, desc=split, disable=None))
         shares[split] = counts[:-1] / max(counts[:-1].sum(), 1)
         print(f"{split}: {len(samples)} images, {counts[:-1].sum() / counts.sum():.1%} of their pixels labeled")
@@ -117,12 +114,11 @@ def print_starter(root: Path) -> None:
         if label.mode not in ("L", "P", "RGB"):
             raise InputError(f"{path}: expected a label of one 8-bit channel, or RGB, found mode {label.mode}")
         counts.update({value: count for count, value in label.getcolors(label.width * label.height)})
-    for value, count in counts.most_common(254):
+    common = dict(counts.most_common(254))
+    for value, count in common.items():
         print(f"{count / counts.total():8.3%} of the pixels are {value}")
     rows = []
-    for k, value in enumerate(
-        sorted((value for value, _ in counts.most_common(254)), key=lambda x: (isinstance(x, tuple), x))
-    ):
+    for k, value in enumerate(sorted(common, key=lambda x: (isinstance(x, tuple), x))):
         is_color = isinstance(value, tuple)
         color = value if is_color else CITYSCAPES.palette[k % len(CITYSCAPES)].tolist()
         rows.append({"name": f"class {k}", "id": -1 if is_color else value, "train_id": k, "color": color})

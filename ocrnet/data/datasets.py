@@ -90,9 +90,9 @@ def find_images(root: Path, split: str) -> list[Path]:
     folder = split_folder(root, split)
     endings = IMAGE_SUFFIXES if image_folder(root).name == "images" else ("_leftImg8bit.png",)
     images = [path for path in list_files(folder) if path.name.lower().endswith(tuple(map(str.lower, endings)))]
-    if folder.name == "images" and split not in ("train", "val"):
-        raise InputError(f"--split {split}: expected train or val, as {folder} has no folders of splits")
     if folder.name == "images":  # by the name, so that an image stays where it is when others are added
+        if split not in ("train", "val"):
+            raise InputError(f"--split {split}: expected train or val, as {folder} has no folders of splits")
         drawn = [path for path in images if (zlib.crc32(path.stem.encode()) % 5 == 0) == (split == "val")]
         if images and not drawn:
             raise InputError(f"{folder}: none of {len(images)} names is drawn for {split}: make folders train and val")

@@ -23,6 +23,7 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,10 +130,7 @@ def main() -> None:
         return iteration % every == 0 or iteration == args.max_iters
 
     forward = make_forward(net, accelerator)
-
-    def criterion(outputs: Sequence[Tensor], label: Tensor) -> tuple[Tensor, Tensor]:
-        return ocr_loss(outputs, label, class_weights)
-
+    criterion = partial(ocr_loss, class_weights=class_weights)
     model = accelerator.wrap_ddp(accelerator.compile(net) if args.compile else net)
 
     def compute_gradients(*batch: Tensor) -> Tensor:

@@ -31,12 +31,12 @@ DRAWN = {"curve.png", "samples.png", "scores.png"}
 
 
 def record(monkeypatch, name):
-    """The (arguments, result) of every call of a function or class that train.py imports."""
+    """The (arguments, options, result) of every call of a function or class that train.py imports."""
     calls, original = [], getattr(train, name)
 
     def call(*args, **options):
         result = original(*args, **options)
-        calls.append((args, result))
+        calls.append((args, options, result))
         return result
 
     monkeypatch.setattr(train, name, call)
@@ -124,28 +124,28 @@ def test_flags_of_the_recipe_reach_the_run(main, data, tmp_path, monkeypatch):
     with pytest.raises(ReachedError):  # with the first validation, after the checkpoint
         main("train.py", *RUN, *flags.split(), "--data-path", data, "--output-dir", tmp_path)
 
-    [(_, data_set)] = data_sets
+    [(*_, data_set)] = data_sets
     assert list(data_set.crop_size) == [64, 32] and list(data_set.scale_range) == [0.75, 1.5]
     assert data_set.color_jitter is False and data_set.seed == 3
-    assert [args for args, _ in rates] == [(0.02, 0, 2), (0.02, 1, 2)]
+    assert [args for args, *_ in rates] == [(0.02, 0, 2), (0.02, 1, 2)]
     labels = [read_label(sample.label, CITYSCAPES) for sample in find_samples(data, "train")]
     pixels = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=256)[:19]
     expected = torch.tensor(balanced_weights(pixels.tolist()))
     assert len(losses) == 4  # two batches for each of two steps
-    for (outputs, label, class_weights), _ in losses:
+    for (outputs, label), options, _ in losses:
         assert all(x.dtype == torch.float32 for x in outputs) and label.shape == (1, 64, 32)
-        assert torch.equal(class_weights, expected)
+        assert torch.equal(options["class_weights"], expected)
     state = load_checkpoint(tmp_path / "last.pt")
     assert {"amp": None, "global_batch": 2, "accum_steps": 2, "seed": 3}.items() <= state["settings"].items()
     [group] = state["optimizer"]["param_groups"]
     assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.9, 0.001, 1e-4)
     for entry, steps in zip(entries(tmp_path / "log.jsonl"), (losses[:2], losses[2:]), strict=True):
-        assert entry["loss"] == pytest.approx(sum(loss.item() for _, (loss, _) in steps) / 2)  # of the step's batches
+        assert entry["loss"] == pytest.approx(sum(loss.item() for *_, (loss, _) in steps) / 2)  # of the step's batches
 
 
 @pytest.mark.parametrize("name, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_mixed_precision_reaches_the_model(main, data, tmp_path, monkeypatch, name, dtype):
-    def stop(outputs, *args):
+    def stop(outputs, *args, **options):
         assert all(x.dtype == dtype for x in outputs)
         raise ReachedError
 

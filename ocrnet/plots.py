@@ -103,7 +103,7 @@ def draw_run(folder: Path, forward: Forward, dataset: EvalDataset, confusion: Co
     """curve.png, samples.png and scores.png of a run, in its folder."""
     plot_curves([read_log(folder)], folder / "curve.png")
     save_samples(folder / "samples.png", sample_predictions(forward, dataset), dataset.table)
-    save_scores(folder / "scores.png", confusion, dataset.table, "last.pt")
+    save_scores(folder / "scores.png", confusion, dataset.table)
 
 
 def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: ClassTable) -> None:
@@ -131,7 +131,7 @@ def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: C
     save_figure(fig, path)
 
 
-def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable, title: str) -> None:
+def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable) -> None:
     """IoU of each class, and the confusion matrix as shares of each label's pixels."""
     iou = 100 * confusion.iou().numpy()
     counts = confusion.counts.cpu().numpy()
@@ -143,18 +143,14 @@ def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable, title
     bars.barh(ticks, np.nan_to_num(iou), color=table.palette[: len(table)] / 255, edgecolor="0.3", linewidth=0.5)
     for k in ticks:
         bars.text(np.nan_to_num(iou[k]) + 1, k, "does not occur" if np.isnan(iou[k]) else f"{iou[k]:.1f}", va="center")
-    bars.set(
-        title=f"IoU, mean {100 * confusion.mean_iou():.2f} %",
-        xlabel="IoU (%)",
-        xlim=(0, 112),
-        ylim=(len(table) - 0.5, -0.5),
-    )
+    bars.set(title=f"IoU, mean {100 * confusion.mean_iou():.2f} %", xlabel="IoU (%)", xlim=(0, 112))
+    bars.set_ylim(len(table) - 0.5, -0.5)
     bars.set_yticks(ticks, table.names)
     shares = 100 * counts / np.where(labeled, labeled, np.nan)
     image = draw_matrix(matrix, shares, table.names, table.names, 100, "{:.0f}", "magma")
     matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label")
     fig.colorbar(image, ax=matrix, label="share of the label's pixels (%)", shrink=0.9)
-    fig.suptitle(title)
+    fig.suptitle("last.pt")
     save_figure(fig, path)
 
 

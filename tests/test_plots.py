@@ -47,7 +47,7 @@ def test_matrix_shows_its_numbers_at_their_places():
 def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
     confusion = ConfusionMatrix(19)
     confusion.update(torch.tensor([0, 0, 0, 0, 13]), torch.tensor([0, 0, 0, 13, 13]))
-    save_scores(tmp_path / "scores.png", confusion, CITYSCAPES, "last.pt")
+    save_scores(tmp_path / "scores.png", confusion, CITYSCAPES)
     bars, matrix = figures[0].axes[:2]
     widths = [75 if k == 0 else 50 if k == 13 else 0 for k in range(19)]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx(widths)
@@ -94,7 +94,7 @@ def test_tall_images_and_many_classes_make_figures_of_reasonable_size(tmp_path, 
     save_samples(tmp_path / "samples.png", [(np.zeros((900, 30, 3), np.uint8), label, label)], table)
     confusion = ConfusionMatrix(60)
     confusion.update(torch.arange(60), torch.arange(60))
-    save_scores(tmp_path / "scores.png", confusion, table, "last.pt")
+    save_scores(tmp_path / "scores.png", confusion, table)
     for name in ("samples", "scores"):
         assert max(Image.open(tmp_path / f"{name}.png").size) < 4000
 

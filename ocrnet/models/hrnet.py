@@ -107,7 +107,7 @@ def upsample(x: Tensor, factor: int, size: Sequence[int], align_corners: bool) -
     Without ``align_corners`` in two steps as in mmsegmentation: by ``factor``, then to ``size``. With it in one step as
     in the authors' code. The two differ only for odd sizes, where released weights expect the one they trained with.
     """
-    if not align_corners and factor > 1:
+    if not align_corners:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
     if x.shape[-2:] == tuple(size):
         return x

@@ -75,7 +75,7 @@ def main() -> None:
             print(f"{split}: {len(find_images(root, split))} images without labels")
             continue
         check_one = partial(check, table=table, convert=table is CITYSCAPES)
-        counts = sum(process_map(check_one, samples, desc=split, disable=None))
+        counts = sum(process_map(check_one, samples, chunksize=8, desc=split, disable=None))
         shares[split] = counts[:-1] / max(counts[:-1].sum(), 1)
         print(f"{split}: {len(samples)} images, {counts[:-1].sum() / counts.sum():.1%} of their pixels labeled")
     width = max(map(len, ("class", *table.names))) + 2

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
+from PIL import Image
 from torch import Tensor, nn
 
 from . import InputError
@@ -72,7 +73,7 @@ def explain_images(
     for path, output in rank_shard(list(images.items()), accelerator, "explaining"):
         image = read_image(path)
         if long_side:
-            image = image.resize(scaled_size(image.size, long_side))
+            image = image.resize(scaled_size(image.size, long_side), Image.BILINEAR)
         m, f, w, aux, final = explain(model, to_tensor(image), accelerator)
         image, confidence = np.asarray(image), final.amax(0).numpy()
         aux, final = aux.argmax(0).numpy(), final.argmax(0).numpy()

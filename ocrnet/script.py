@@ -54,7 +54,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except (InputError, OSError) as error:
         # a data loader worker prepends its traceback, whose last line is the error
-        message = str(error).strip().splitlines()[-1].removeprefix("ocrnet.InputError: ")
+        message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ocrnet.InputError: ")
     except (MemoryError, RuntimeError) as error:
         if type(error) is not MemoryError and not re.search("out of memory|can't allocate memory", str(error)):
             raise

@@ -284,6 +284,11 @@ def test_a_lack_of_memory_is_one_line_with_the_flags_that_help(run):
         run_script(run)
 
 
+def test_an_error_without_text_is_one_line():
+    with pytest.raises(SystemExit, match="^error: TimeoutError"):
+        run_script(lambda: fail_with(TimeoutError()))
+
+
 def test_ctrl_c_has_its_exit_status_and_an_error_of_the_code_its_traceback():
     with pytest.raises(SystemExit) as error:
         run_script(lambda: fail_with(KeyboardInterrupt()))

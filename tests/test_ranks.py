@@ -43,7 +43,7 @@ CASES = [((2, 2), torch.float64), ((1, 1), torch.float64), ((3, 1), torch.float6
 def batches(sizes, dtype):
     """x and dy of each rank, ``sizes`` images with a large mean."""
     torch.manual_seed(0)
-    return [((torch.randn(b, 3, 4, 5) * 2 + 30).to(dtype), torch.randn(b, 3, 4, 5).to(dtype)) for b in sizes]
+    return [((torch.randn(b, 3, 4, 5) * 2 + 300).to(dtype), torch.randn(b, 3, 4, 5).to(dtype)) for b in sizes]
 
 
 def forward_backward(cls, x, dy):

@@ -27,7 +27,7 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, target: Tensor, prediction: Tensor) -> None:
-        """Count pixels. Both are integer tensors of one shape.
+        """Count pixels. Both are integer tensors of one shape; targets are 0 .. 255.
 
         Raises:
             ValueError: the shapes differ, or a value is not a class.

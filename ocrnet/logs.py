@@ -67,7 +67,7 @@ def parse_mmengine_line(line: str, last: int) -> dict:
     """
     values = {
         key: float(value)
-        for key, value in re.findall(r"(\w+): ([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))(?=\s|$)", line)
+        for key, value in re.findall(r"(\w+): ([-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|inf))(?=\s|$)", line)
     }
     iteration = re.search(r"Iter\(train\)\s*\[\s*(\d+)\s*/\s*\d+\]", line)
     if iteration and "loss" in values:

@@ -93,7 +93,7 @@ def find_images(root: Path, split: str) -> list[Path]:
     if folder.name == "images":  # by the name, so that an image stays where it is when others are added
         if split not in ("train", "val"):
             raise InputError(f"--split {split}: expected train or val, as {folder} has no folders of splits")
-        drawn = [path for path in images if (zlib.crc32(path.stem.encode()) % 5 == 0) == (split == "val")]
+        drawn = [path for path in images if (zlib.crc32(os.fsencode(path.stem)) % 5 == 0) == (split == "val")]
         if images and not drawn:
             raise InputError(f"{folder}: none of {len(images)} names is drawn for {split}: make folders train and val")
         images = drawn

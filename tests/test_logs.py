@@ -64,7 +64,7 @@ def test_file_that_is_not_a_log_is_named(tmp_path, content):
 
 def test_the_header_of_mmengine_is_no_entry(tmp_path):
     header = (
-        "Environment info:\n    sys.platform: linux\n    OpenCV: 4.7.0\n    loss: 3\n{\"a\": 1}\n[1, 2]\n3\n{'seed': 0}\n"
+        "Environment info:\n    sys.platform: linux\n    OpenCV: 4.7.0\n    loss: 3\n{\"a\": 1}\n[1]\n3\n{'seed': 0}\n"
         + "-" * 9
         + "\n"
     )

@@ -68,8 +68,9 @@ def test_images_and_labels_of_the_plain_layout_are_found_and_mapped(root):
 def test_without_folders_of_splits_a_fifth_is_for_validation_by_name(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps(ROWS))
     for i in range(60):
-        save(tmp_path / f"images/day/{i}.jpg", np.zeros((2, 4, 3)))
-        save(tmp_path / f"labels/day/{i}.png", np.zeros((2, 4)))
+        name = os.fsdecode(b"stra\xdfe") if i == 0 else i  # a name that is no UTF-8, as old zips have
+        save(tmp_path / f"images/day/{name}.jpg", np.zeros((2, 4, 3)))
+        save(tmp_path / f"labels/day/{name}.png", np.zeros((2, 4)))
         if i == 39:
             before = {split: find_samples(tmp_path, split) for split in ("train", "val")}
     for split, samples in before.items():

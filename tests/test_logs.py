@@ -63,11 +63,8 @@ def test_file_that_is_not_a_log_is_named(tmp_path, content):
 
 
 def test_the_header_of_mmengine_is_no_entry(tmp_path):
-    header = (
-        "Environment info:\n    sys.platform: linux\n    OpenCV: 4.7.0\n    loss: 3\n{\"a\": 1}\n[1]\n3\n{'seed': 0}\n"
-        + "-" * 9
-        + "\n"
-    )
+    environment = "Environment info:\n    sys.platform: linux\n    OpenCV: 4.7.0\n    loss: 3\n"
+    header = environment + "{\"a\": 1}\n[1, 2]\n3\n{'seed': 0}\n---------\n"
     line = "05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 1e-02  loss: 1.9\n"
     (tmp_path / "x.log").write_text(header + line)
     assert read_log(tmp_path / "x.log").train == [{"split": "train", "iter": 50, "loss": 1.9, "lr": 0.01}]

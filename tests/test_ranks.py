@@ -151,8 +151,10 @@ def train_steps(rank, root, world_size, batch_size, workers):
 
 def test_four_processes_are_equivalent_to_one_with_the_global_batch(data, tmp_path):
     alone = train_steps(0, data, 1, 4, 2)
-    for rank in in_processes(train_steps, tmp_path, 4, data, 4, 1, 0):
+    ranks = in_processes(train_steps, tmp_path, 4, data, 4, 1, 0)
+    for rank in ranks:
         for name, value in alone.items():
+            assert torch.equal(rank[name], ranks[0][name]), name
             torch.testing.assert_close(rank[name], value, rtol=1e-10, atol=1e-10, msg=name)
 
 

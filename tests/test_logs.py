@@ -1,10 +1,14 @@
-"""Reading logs of this project and of mmengine."""
+"""Reading logs of this project and of mmengine, and plot_curve.py, which shows them."""
 
+import contextlib
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ocrnet import InputError
 from ocrnet.logs import Log, compare_losses, read_log, smooth, smoothing_window, trim_log
@@ -19,7 +23,6 @@ MMENGINE = """\
 2024/05/01 09:58:00 - mmengine - INFO - Iter(val) [500/500]    mIoU: 1.5000
 05/01 09:59:00 - mmengine - \x1b[4m\x1b[32mINFO\x1b[0m - Iter(train) [ 1/40000]  lr: 1e-02  loss: 2.5
 2024/05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 9.9891e-03  eta: 5:23:11  loss: 1.9000  aux: 3.1
-2024/05/01 10:09:00 - mmengine - INFO - Saving checkpoint at 50 iterations
 2024/05/01 10:09:00 - mmengine - INFO - Iter(val) [500/500]    aAcc: 90.0000  mIoU: 61.5000  mAcc: 70.0000
 2024/05/01 10:10:00 - mmengine - INFO - Iter(train) [ 52/40000]  loss: nan
 2024/05/01 10:10:00 - mmengine - INFO - Iter(train) [ 53/40000]  lr: 9.9e-03
@@ -50,22 +53,19 @@ def test_what_is_no_entry_is_skipped(tmp_path):
     assert read_log(write(path, VAL))[1:] == ([], [VAL])
 
 
-@pytest.mark.parametrize(
-    "file, name",
-    [
-        ("original.log", "original"),
-        ("hr18/20240501_100000/20240501_100000.log", "hr18"),
-        ("a/20240501_1.log", "20240501_1"),
-    ],
-)
-def test_log_of_mmengine_is_read(tmp_path, file, name):
-    found, train, val = read_log(write(tmp_path / file, MMENGINE))
-    assert found == name
-    expected = [(1, 2.5, 0.01), (50, 1.9, 9.9891e-03), (51, math.inf, 9.9e-03), (52, math.nan, math.nan)]
-    assert [list(entry) for entry in train] == [["split", "iter", "loss", "lr"]] * 4
-    np.testing.assert_equal([tuple(entry.values()) for entry in train], [("train", *values) for values in expected])
-    # a validation is at the iteration of the line before it, also in a part that is repeated
-    assert val == [{"split": "val", "iter": 50, "mIoU": 0.615}, {"split": "val", "iter": 51, "mIoU": 0.62}]
+def test_entries_are_in_order_and_of_a_repeated_iteration_the_last_counts(tmp_path):
+    path = write(tmp_path / "log.jsonl", {**TRAIN, "iter": 100}, TRAIN, {**TRAIN, "iter": 100, "loss": 7.0})
+    assert [(entry["iter"], entry["loss"]) for entry in read_log(path).train] == [(50, 1.5), (100, 7.0)]
+
+
+def test_log_of_mmengine_is_read(tmp_path):
+    for file, name in (("a.log", "a"), ("b/20240501_100000/20240501_100000.log", "b"), ("c/2024_1.log", "2024_1")):
+        found, train, val = read_log(write(tmp_path / file, MMENGINE))
+        expected = [(1, 2.5, 0.01), (50, 1.9, 9.9891e-03), (51, math.inf, 9.9e-03), (52, math.nan, math.nan)]
+        expected = [{"split": "train", "iter": i, "loss": loss, "lr": lr} for i, loss, lr in expected]
+        np.testing.assert_equal((found, train), (name, expected))
+        # a validation is at the iteration of the line before it, also in a part that is repeated
+        assert val == [{"split": "val", "iter": 50, "mIoU": 0.615}, {"split": "val", "iter": 51, "mIoU": 0.62}]
 
 
 @pytest.mark.parametrize("content", [None, "", "hello\n", "{}\n{\n"])
@@ -74,11 +74,6 @@ def test_file_that_is_not_a_log_is_named(tmp_path, content):
         write(tmp_path / "log.jsonl", content)
     with pytest.raises(InputError, match=f"^{tmp_path / 'log.jsonl'}: "):
         read_log(tmp_path)
-
-
-def test_entries_are_in_order_and_of_a_repeated_iteration_the_last_counts(tmp_path):
-    path = write(tmp_path / "log.jsonl", {**TRAIN, "iter": 100}, TRAIN, {**TRAIN, "iter": 100, "loss": 7.0})
-    assert [(entry["iter"], entry["loss"]) for entry in read_log(path).train] == [(50, 1.5), (100, 7.0)]
 
 
 def test_a_loss_that_is_not_finite_leaves_a_gap_only():
@@ -106,19 +101,87 @@ def test_a_log_is_cut_where_the_checkpoint_stands(tmp_path):
     trim_log(path, 4, 2)
     assert not path.exists()
     kept = [{**TRAIN, "iter": 1}, {**TRAIN, "iter": 2}, {**VAL, "iter": 2}, {**TRAIN, "iter": 4}]
-    lines = [
-        "{damaged\n",
-        kept[0],
-        "\udcff\n",
-        *kept[1:3],
-        '{"loss": 1}\n',
-        kept[3],
-        {**VAL, "iter": 3},
-        {**TRAIN, "iter": 5},
-    ]
-    write(path, *lines, json.dumps({**TRAIN, "iter": 3}))  # the last one without its newline
+    later = [{**VAL, "iter": 3}, {**TRAIN, "iter": 5}, json.dumps({**TRAIN, "iter": 3})]  # without its newline
+    write(path, "{damaged\n", *kept[:2], "\udcff\n", kept[2], '{"loss": 1}\n', kept[3], *later)
     trim_log(path, 4, 2)
-    assert path.read_text() == "".join(json.dumps(entry) + "\n" for entry in kept)
+    assert path.read_text() == write(tmp_path / "kept.jsonl", *kept).read_text()
     file = path.stat().st_ino
     trim_log(path, 4, 2)
-    assert path.stat().st_ino == file and [*tmp_path.iterdir()] == [path]  # not written again
+    assert path.stat().st_ino == file  # not written again
+
+
+# ---- plot_curve.py ---------------------------------------------------------------------------------------------------
+
+LOSSES = [3, 1.5, 1, 0.75]
+
+
+def run_of(folder, losses, *more):
+    """The folder of a run with these training losses."""
+    return write(
+        folder / "log.jsonl", *({**TRAIN, "iter": i, "loss": x} for i, x in enumerate(losses, 1)), *more
+    ).parent
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """The folder of a run, and a log of mmengine."""
+    validations = [{**VAL, "iter": 2, "mIoU": 0.25}, {**VAL, "iter": 4, "mIoU": 0.125}]
+    return run_of(tmp_path / "run", LOSSES, *validations), write(tmp_path / "original.log", MMENGINE)
+
+
+def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys):
+    main("plot_curve.py", *logs, run_of(tmp_path / "one", [1]), "--output", tmp_path / "all.PNG")
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(\w+): (\d+) \D+ (\d+) [^\d\n]+(?:([\d.]+)%)?$", printed, re.MULTILINE)
+    assert rows == [("run", "4", "2", "25.00"), ("original", "4", "2", "62.00"), ("one", "1", "0", "")]
+    assert str(tmp_path / "all.PNG") in printed
+    Image.open(tmp_path / "all.PNG").verify()
+
+
+NAN = [float("nan")] * 4
+
+
+@pytest.mark.parametrize(
+    "losses, other, passes",
+    [
+        ([1.049, 1.049], [1, 1], True), ([1.051, 1.051], [1, 1], False), (NAN, LOSSES, False), (NAN, NAN, False),
+        ([0.6, 0.6], [1, 1], False), ([1.2, 0.8], [1, 1], False),  # whose signed means pass
+        ([1.19e-3] * 2, [1e-3] * 2, True), ([1.21e-3] * 2, [1e-3] * 2, False),
+        ([1 / i for i in range(1, 51)], [1 / i for i in range(1, 201)], True),  # its own first part
+    ],
+)  # fmt: skip
+def test_losses_are_compared_by_absolute_differences(main, tmp_path, losses, other, passes):
+    with contextlib.nullcontext() if passes else pytest.raises(SystemExit, match="^1$"):
+        main("plot_curve.py", run_of(tmp_path / "a", losses), run_of(tmp_path / "b", other), "--compare")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_the_differences_are_printed_and_a_figure_is_written_if_asked_for(main, logs, tmp_path, capsys):
+    first = run_of(tmp_path / "a", np.multiply(LOSSES, [1.04, 0.98, 1, 0.96]))
+    main("plot_curve.py", first, logs[0], "--compare", "--output", tmp_path / "x.png")
+    numbers = re.findall(r"[-+]?\d+\.\d+%?", capsys.readouterr().out.partition(str(tmp_path / "x.png"))[2])
+    assert numbers == ["0.7200", "0.7500", "2.50%", "-0.50%", "0.04500", "0.0002"]
+    assert (tmp_path / "x.png").exists()
+
+
+def test_two_logs_are_compared_and_a_figure_is_a_png(main, logs, tmp_path):
+    for args in ((logs[0], "--compare"), (*logs, logs[0], "--compare"), (logs[0], "--output", tmp_path / "curve.svg")):
+        with pytest.raises(SystemExit, match="^2$"):
+            main("plot_curve.py", *args)
+
+
+def test_the_figure_is_beside_the_first_log_and_only_own_figures_are_overwritten(main, logs, tmp_path):
+    for _ in range(2):
+        main("plot_curve.py", *logs)
+    assert (logs[0] / "curve.png").exists()
+    Image.new("RGB", (3, 3)).save(tmp_path / "curve.png")
+    before = (tmp_path / "curve.png").read_bytes()
+    with pytest.raises(InputError, match=f"^{tmp_path / 'curve.png'}: "):
+        main("plot_curve.py", *reversed(logs))
+    assert (tmp_path / "curve.png").read_bytes() == before
+
+
+def test_logs_of_one_name_are_told_apart_by_their_paths(main, logs, tmp_path, capsys):
+    other = shutil.copytree(logs[0], tmp_path / "other/run")
+    main("plot_curve.py", logs[0], other, "--compare")
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == [str(logs[0]), str(other)]

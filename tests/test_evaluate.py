@@ -33,9 +33,6 @@ def test_two_ranks_score_five_images_as_one_does(script, main, trained, data, tm
     assert json.loads((tmp_path / "two.json").read_text())["images"] == 6
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def image(data):
     return next(data.glob("leftImg8bit/val/*/*.png"))
@@ -86,9 +83,6 @@ def test_images_of_a_split_keep_their_names_and_folders(main, trained, image, tm
     assert found == {file.format(city) for city in "ab" for file in files}
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "what, long_side, files",
     [
@@ -131,18 +125,15 @@ def test_flags_that_do_not_go_together_are_refused_by_name(main, flags, named, c
     assert re.search(f"error: .*{named}([ ,:]|$)", capsys.readouterr().err.splitlines()[-1])
 
 
-def test_a_file_that_is_no_checkpoint_is_one_line(script, tmp_path):
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    done = script("evaluate.py", "--ckpt", tmp_path / "text.pt", "--device", "cpu", ok=False)
-    assert error_of(done).startswith(f"error: {tmp_path / 'text.pt'}: ")
-
-
-def test_scores_are_not_written_over_something_else(main, tmp_path):
+def test_scores_are_not_written_over_something_else(script, main, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "x.json").write_text("[]")
-    for path in (tmp_path / "x.json", tmp_path / "pipe", "/dev/null", tmp_path):  # before the checkpoint is read
+    flags = ["--ckpt", tmp_path / "missing.pt", "--device", "cpu", "--json"]  # before the checkpoint is read
+    for path in (tmp_path / "pipe", "/dev/null", tmp_path):
         with pytest.raises(InputError, match=f"^{path}: "):
-            main("evaluate.py", "--ckpt", tmp_path / "missing.pt", "--device", "cpu", "--json", path)
+            main("evaluate.py", *flags, path)
+    done = script("evaluate.py", *flags, tmp_path / "x.json", ok=False)
+    assert error_of(done).startswith(f"error: {tmp_path / 'x.json'}: ")
 
 
 # ---- other classes ---------------------------------------------------------------------------------------------------

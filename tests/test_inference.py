@@ -45,16 +45,6 @@ def image():
     return torch.randint(0, 256, (2, 3, 20, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-# ---- probabilities ---------------------------------------------------------------------------------------------------
-
-
-def test_one_pass_gives_the_outputs_for_the_normalized_image(cpu, image):
-    model = Convolution()
-    logits, region_logits = make_forward(model, cpu)(image)
-    torch.testing.assert_close(logits, model.layer(preprocess(image)))
-    assert torch.equal(region_logits, -logits) and not logits.requires_grad
-
-
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("scales, flip", [([1], True), ([2], False), ([0.01], False), ([0.5, 1, 1.3], True)])
 def test_several_passes_give_the_mean_of_their_softmaxes(cpu, image, scales, flip, align_corners):
@@ -79,21 +69,20 @@ def test_mixed_precision_is_that_of_the_accelerator(image, options):
     torch.testing.assert_close(full, mixed, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "size, long_side, seen",
-    [((60, 90), 12, (8, 12)), ((7, 4), 14, (14, 8)), ((46, 30), 20, (20, 13)), ((3, 400), 50, (1, 50))],
-)
-def test_an_image_is_seen_at_its_long_side_and_its_outputs_have_its_own_size(cpu, size, long_side, seen):
-    model = Convolution(align_corners=long_side < 20)
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    outputs = make_forward(model, cpu, long_side=long_side)(to_tensor(pixels)[None])
-    (mean,) = make_forward(model, cpu, flip=True, long_side=long_side)(to_tensor(pixels)[None])
-    small = to_tensor(Image.fromarray(pixels).resize(seen[::-1], Image.BILINEAR))  # with antialiasing
-    torch.testing.assert_close(model.images[0], preprocess(small[None]), rtol=0, atol=0.02)  # PIL rounds
-    logits = model.layer(model.images[0].clone())  # a normal tensor
-    for found, expected in zip((*outputs, mean), (logits, -logits, logits.softmax(dim=1)), strict=True):
-        expected = F.interpolate(expected, size, mode="bilinear", align_corners=model.align_corners)
-        torch.testing.assert_close(found, expected)
+def test_an_image_is_seen_at_its_long_side_and_its_outputs_have_its_own_size(cpu):
+    sizes = (((60, 90), 12, (8, 12)), ((7, 4), 14, (14, 8)), ((46, 30), 20, (20, 13)), ((3, 400), 50, (1, 50)))
+    for size, long_side, seen in (*sizes, ((20, 33), 0, (20, 33))):
+        model = Convolution(align_corners=long_side < 20)
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        outputs = make_forward(model, cpu, long_side=long_side)(to_tensor(pixels)[None])
+        (mean,) = make_forward(model, cpu, flip=True, long_side=long_side)(to_tensor(pixels)[None])
+        small = to_tensor(Image.fromarray(pixels).resize(seen[::-1], Image.BILINEAR))  # with antialiasing
+        torch.testing.assert_close(model.images[0], preprocess(small[None]), rtol=0, atol=0.02)  # PIL rounds
+        logits = model.layer(model.images[0].clone())  # a normal tensor
+        for found, expected in zip((*outputs, mean), (logits, -logits, logits.softmax(dim=1)), strict=True):
+            expected = F.interpolate(expected, size, mode="bilinear", align_corners=model.align_corners)
+            torch.testing.assert_close(found, expected)
+            assert not found.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -127,7 +116,7 @@ def save_images(folder, *names):
     return [folder / name for name in names]
 
 
-def test_folders_are_listed_by_their_images(tmp_path):
+def test_folders_are_listed_by_their_images_and_unusable_paths_are_named(tmp_path):
     folder, alone = tmp_path / "photos.png", tmp_path / ".x.y.gif"
     (folder / "deeper.png").mkdir(parents=True)
     names = [f"{9 - i}{suffix}" for i, suffix in enumerate((*IMAGE_SUFFIXES, ".JPG"))]
@@ -135,15 +124,9 @@ def test_folders_are_listed_by_their_images(tmp_path):
         path.touch()
     found = {folder / name: name[0] for name in sorted(names)} | {alone: ".x.y"}
     assert [(path, str(name)) for path, name in list_images([folder, alone]).items()] == list(found.items())
-
-
-def test_unusable_paths_are_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    save_images(tmp_path / "photos", "a.png"), save_images(tmp_path, "a.jpg")
-    for paths in (["absent.png"], ["empty"], ["photos", "a.jpg"]):
-        with pytest.raises(InputError) as error:
-            list_images([tmp_path / path for path in paths])
-        assert "--images" in str(error.value) and str(tmp_path / paths[-1]) in str(error.value)
+    for paths in ([tmp_path / "absent.png"], [folder / "deeper.png"], [folder, folder / names[0]]):
+        with pytest.raises(InputError, match=f"^--images.* {paths[-1]}\\b"):
+            list_images(paths)
 
 
 def by_red(image):

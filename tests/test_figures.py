@@ -27,6 +27,7 @@ from ocrnet.models import build_model
 from ocrnet.plots import IGNORED, RIGHT, class_legend, draw_matrix, image_axes, plt
 
 NAMES, CPU = CITYSCAPES.names, Accelerator("cpu")
+IMAGE = torch.randint(0, 256, (3, 65, 98), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -172,12 +173,7 @@ def test_the_figures_of_a_run_are_drawn_from_its_log_its_data_and_its_scores(tmp
 
 
 @pytest.fixture(scope="module")
-def image():
-    return torch.randint(0, 256, (3, 65, 98), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def model(image):
+def model():
     """A random model in evaluation mode, whose softmaxes for the image are neither uniform nor one-hot."""
     torch.manual_seed(0)
     model = build_model("hr18s").eval()
@@ -187,40 +183,40 @@ def model(image):
     for classifier in (model.head.region_head[-1], model.head.classifier[-1]):
         nn.init.normal_(classifier.weight, std=0.03)
     with torch.no_grad():
-        model(preprocess(image[None]))
+        model(preprocess(IMAGE[None]))
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def explanation(model, image):
-    return explain(model, image, CPU)
+def explanation(model):
+    return explain(model, IMAGE, CPU)
 
 
-def test_explanation_is_what_the_network_computes_also_in_mixed_precision(model, image, explanation):
+def test_explanation_is_what_the_network_computes_also_in_mixed_precision(model, explanation):
     m, f, w, aux, final = explanation
     assert m.shape == w.shape == (19, 17, 25) and f.shape == (19, 512)
-    outputs = make_forward(model, CPU)(image[None])
+    outputs = make_forward(model, CPU)(IMAGE[None])
     for found, logits in zip((final, aux), outputs, strict=True):
         torch.testing.assert_close(found, logits[0].softmax(0))
     assert not torch.equal(aux, final) and min(x.std() for x in (w, aux, final)) > 0.03
     with torch.no_grad():  # f and the final logits follow from m and w by the paper's formulas
-        normalized = preprocess(image[None]).contiguous(memory_format=torch.channels_last)
+        normalized = preprocess(IMAGE[None]).contiguous(memory_format=torch.channels_last)
         x = model.head.pixel_head(model.backbone(normalized)[1])  # (1, 512, 17, 25)
         torch.testing.assert_close(f, torch.einsum("khw,chw->kc", m, x[0]))
         v = model.head.attention.delta(f.T[None, :, :, None])[0, :, :, 0]  # (256, 19)
         y = model.head.attention.rho(torch.einsum("dk,khw->dhw", v, w)[None])
         logits = model.resize(model.head.classifier(model.head.g(torch.cat([y, x], 1))), normalized)
         torch.testing.assert_close(final, logits[0].softmax(0))
-    for one, two in zip(explanation, explain(model, image, Accelerator("cpu", amp=True)), strict=True):
+    for one, two in zip(explanation, explain(model, IMAGE, Accelerator("cpu", amp=True)), strict=True):
         assert two.dtype == torch.float32 and 0 < (one - two).norm() < 0.3 * one.norm()
     pickle.dumps(model.head)  # as before: nothing is left in it that has no name
 
 
 @pytest.fixture(scope="module")
-def explained(model, image, tmp_path_factory):
+def explained(model, tmp_path_factory):
     """The figures of the image by their folders and their files' names."""
     folder, figures = tmp_path_factory.mktemp("images"), {}
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "a.png")
+    Image.fromarray(IMAGE.permute(1, 2, 0).numpy()).save(folder / "a.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ocrnet.explain.save_figure", lambda figure, path: figures.update({path: figure}))
         explain_images(model, {folder / "a.png": Path("city/b")}, folder / "out", CITYSCAPES, CPU)
@@ -231,9 +227,9 @@ def explained(model, image, tmp_path_factory):
     plt.close("all")
 
 
-def test_regions_are_shown_in_multiples_of_the_mean_weight(explained, explanation, image):
+def test_regions_are_shown_in_multiples_of_the_mean_weight(explained, explanation):
     *axes, bar = explained["out/city/b_1_regions.png"].axes
-    image = Image.fromarray(image.permute(1, 2, 0).numpy())
+    image = Image.fromarray(IMAGE.permute(1, 2, 0).numpy())
     small = shown(explained["small/b_1_regions.png"].axes[0])
     assert np.array_equal(shown(axes[0]), image) and np.array_equal(small, image.resize((70, 46), Image.BILINEAR))
     assert len(axes) == 20 and not any(axis.axison for axis in axes)

@@ -69,6 +69,7 @@ def test_file_that_is_not_a_log_is_named(tmp_path):
             read_log(tmp_path if content is None else write(tmp_path / "log.jsonl", content))
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_loss_that_is_not_finite_leaves_a_gap_only():
     found = smooth([1, math.nan, math.nan, 2, 2, math.inf, 3], window=2)
     assert np.array_equal(found, [1, 1, math.nan, 2, 2, 2, 3], equal_nan=True)
@@ -134,7 +135,7 @@ def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys)
         ([1.049, 1.049], [1, 1], True), ([1.051, 1.051], [1, 1], False), (NAN, LOSSES, False), (NAN, NAN, False),
         ([0.6, 0.6], [1, 1], False), ([1.2, 0.8], [1, 1], False),  # whose signed means pass
         ([1.19e-3] * 2, [1e-3] * 2, True), ([1.21e-3] * 2, [1e-3] * 2, False),
-        ([1] * 20 + NAN[:1] + [1] * 3, [1] * 24, False),  # the means of two entries are finite
+        ([1] * 20 + [math.inf] + [1] * 3, [1] * 24, False),  # the means of two entries are finite
         ([1 / i for i in range(1, 51)], [1 / i for i in range(1, 201)], True),  # its own first part
     ],
 )  # fmt: skip

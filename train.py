@@ -76,8 +76,9 @@ def main() -> None:
     size = image_size(samples)
     class_weights = None
     if args.class_weights:
-        weights = accelerator.broadcast(balanced_weights(count_classes(samples, table)) if is_main else None)
-        class_weights = torch.tensor(weights, device=device)  # (K,)
+        shard = samples[accelerator.rank :: accelerator.world_size]
+        pixels = accelerator.sum(torch.tensor(count_classes(shard, table, show=is_main)))
+        class_weights = torch.tensor(balanced_weights(pixels.tolist()), device=device)  # (K,)
 
     # model and optimizer: new, or those of last.pt
     settings = {
@@ -96,8 +97,8 @@ def main() -> None:
         if args.weights:
             print0(f"{args.weights}: {load_weights(net, args.weights)}")
     net = accelerator.convert_sync_bn(net).to(device, memory_format=accelerator.memory_format)
-    fused = device.type == "cuda" or None
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=fused)
+    # not fused: that kernel reads memory without values after an overflow, and needs momentum in the weights' layout
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = accelerator.grad_scaler()
     iteration, validated, best = 0, 0, -math.inf
     if checkpoint:
@@ -194,7 +195,7 @@ def main() -> None:
         if iteration == args.max_iters:
             break
 
-        torch.manual_seed(random.Random(f"{args.seed} {iteration + 1} {accelerator.rank}").getrandbits(63))  # dropout
+        accelerator.manual_seed(random.Random(f"{args.seed} {iteration + 1} {accelerator.rank}").getrandbits(63))
         lr = poly_lr(args.lr, iteration, args.max_iters)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -246,7 +247,7 @@ def main() -> None:
 
 def to_device(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
     """A batch of ``TrainDataset`` -> normalized images (B, 3, H, W) and labels int64 (B, H, W) on the device."""
-    image, label, photometric = (x.to(accelerator.device, non_blocking=True) for x in batch)
+    image, label, photometric = (x.to(accelerator.device, non_blocking=x.is_pinned()) for x in batch)
     return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 
 

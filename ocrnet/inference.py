@@ -51,7 +51,7 @@ def make_forward(
     @torch.inference_mode()
     def forward(image: Tensor) -> tuple[Tensor, ...]:
         own_size = image.shape[-2:]
-        image = image.to(accelerator.device, non_blocking=True)
+        image = image.to(accelerator.device, non_blocking=image.is_pinned())
         if long_side:
             image = F.interpolate(image.float(), scaled_size(own_size, long_side), mode="bilinear", antialias=True)
         size, image, total = image.shape[-2:], preprocess(image), 0

@@ -21,6 +21,7 @@ SOFTWARE = "OCRNet"  # the mark of the images that this program writes
 
 # of schedulers (SIGTERM, Slurm's SIGUSR1), closed terminals (SIGHUP), Ctrl-C (SIGINT) and Ctrl-\ (SIGQUIT)
 NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT", "SIGQUIT")
+NO_MEMORY = "out of memory|can't allocate memory"  # in errors of PyTorch
 STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
@@ -56,7 +57,9 @@ def run_script(main: Callable[[], None]) -> None:
         # a data loader worker prepends its traceback, whose last line is the error
         message = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ocrnet.InputError: ")
     except (MemoryError, RuntimeError) as error:
-        if type(error) is not MemoryError and not re.search("out of memory|can't allocate memory", str(error)):
+        # while a CUDA graph is recorded another error follows the lack of memory
+        errors = [error, *filter(None, [error.__cause__, error.__context__])]
+        if not any(isinstance(e, MemoryError) or re.search(NO_MEMORY, str(e)) for e in errors):
             raise
         message = (
             "out of memory: train.py needs less with --batch-size 1 and more --accum-steps, or with a smaller "

@@ -22,7 +22,7 @@ def sdaa(monkeypatch):
         is_available=lambda: True,
         device_count=lambda: 2,
         set_device=lambda index: calls.append(("set_device", index)),
-        get_device_name=lambda index: "fake",
+        manual_seed_all=lambda seed: calls.append(("seed", seed)),
         amp=types.SimpleNamespace(GradScaler=lambda enabled: calls.append(("GradScaler", enabled))),
     )
     monkeypatch.setitem(sys.modules, "torch_sdaa", types.ModuleType("torch_sdaa"))
@@ -31,7 +31,9 @@ def sdaa(monkeypatch):
     monkeypatch.setattr(device.torch, "device", lambda *args: types.SimpleNamespace(type=args[0], index=args[-1]))
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(device.dist, name, lambda backend, **_: calls.append(("group", backend)))
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    monkeypatch.setattr(device.dist, "rendezvous", lambda *args, **_: iter([(device.dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(device, "agree_on_prefix", lambda *args: "prefix")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     return calls
 
@@ -53,12 +55,29 @@ def test_sdaa_scales_the_loss_with_its_own_scaler(sdaa):
         assert sdaa[-1] == ("GradScaler", False)
 
 
-def test_sdaa_compiles_with_its_own_backend(sdaa, monkeypatch):
+@pytest.mark.parametrize(
+    "known, expected", [(["inductor", "teco_inductor"], "teco_inductor"), (["inductor"], "inductor")]
+)
+def test_sdaa_compiles_with_its_own_backend_where_there_is_one(sdaa, monkeypatch, capsys, known, expected):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, backend: compiled.append((model, backend)))
+    monkeypatch.setattr(torch._dynamo, "list_backends", lambda: known)
     accelerator, model = Accelerator("sdaa"), torch.nn.ReLU()
+    accelerator.rank = 0
     accelerator.compile(model, frozen=True)
-    assert compiled == [(model, "teco_inductor")] and not config.freezing
+    assert compiled == [(model, expected)] and not config.freezing
+    assert f" {expected}\n" in capsys.readouterr().out
+
+
+def test_sdaa_seeds_its_generators_and_needs_no_loss_scaling_of_its_own(sdaa):
+    accelerator = Accelerator("sdaa")
+    accelerator.manual_seed(5)
+    assert sdaa[-1] == ("seed", 5) and torch.initial_seed() == 5
+    del torch.sdaa.amp
+    assert isinstance(accelerator.grad_scaler(), torch.amp.GradScaler)
+    with Accelerator("sdaa", amp=False).autocast():  # torch.autocast("sdaa") would need functions of the package
+        pass
+    assert "sdaa" in str(accelerator)  # without the device's name
 
 
 def test_weights_are_constants_only_where_a_cpu_evaluates(monkeypatch):
@@ -75,11 +94,21 @@ def test_sdaa_is_preferred_where_it_is_available(sdaa):
 
 
 def test_more_processes_than_devices_are_refused(sdaa, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(InputError) as error:
         Accelerator("sdaa")
     assert "--device sdaa" in str(error.value)
     assert sdaa == []  # before anything is set up
+
+
+@pytest.mark.parametrize("local_rank, count, index", [(None, 2, 1), ("5", 1, 0), ("1", 2, 1)])
+def test_processes_that_torchrun_did_not_start_find_their_device(sdaa, monkeypatch, local_rank, count, index):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.delenv("LOCAL_RANK")  # mpirun does not set it
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.sdaa, "device_count", lambda: count)  # 1: a scheduler shows each process its own
+    assert Accelerator("sdaa").device.index == index and sdaa[0] == ("set_device", index)
 
 
 @pytest.mark.parametrize("name", ["sdaa", "cuda"])

@@ -1,6 +1,7 @@
 """N processes with batch size b are equivalent to one process with batch size N * b."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from ocrnet.data.classes import CITYSCAPES
 from ocrnet.data.datasets import InfiniteSampler, TrainDataset, find_samples
 from ocrnet.data.transforms import preprocess
-from ocrnet.device import Accelerator
+from ocrnet.device import Accelerator, agree_on_prefix
 from ocrnet.losses import ocr_loss
 from ocrnet.models import HRNet, OCRHead, OCRNet, build_model
 from ocrnet.sync_bn import SyncBatchNorm2d, convert_sync_bn
@@ -103,6 +104,26 @@ def test_conversion_keeps_weights_names_and_results():
     assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
     assert torch.equal(model(x), expected)
     assert torch.equal(model.train()(x), nn.BatchNorm2d(4)(model[0](x)))  # without a process group: BatchNorm
+
+
+# ---- starts ----------------------------------------------------------------------------------------------------------
+
+
+def test_processes_that_start_again_share_new_keys_in_the_old_store():
+    store = dist.HashStore()
+
+    def start():
+        def one(rank):
+            time.sleep(0.2 * (rank == 0))  # the others find what rank 0 has left at the start before
+            return agree_on_prefix(store, rank, 3)
+
+        with ThreadPoolExecutor(3) as pool:
+            return {*pool.map(one, range(3))}
+
+    [first] = start()
+    store.set("token 1", "left by a process that died before the others came")
+    [second] = start()
+    assert first != second
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------

@@ -215,12 +215,13 @@ def count_pixels(label: np.ndarray, num_classes: int) -> np.ndarray:
     return np.append(counts[:num_classes], counts[IGNORE_INDEX])
 
 
-def count_classes(samples: Sequence[Sample], table: ClassTable) -> list[int]:
-    """The pixels of each class in all labels."""
+def count_classes(samples: Sequence[Sample], table: ClassTable, show: bool = True) -> list[int]:
+    """The pixels of each class in all labels. ``show`` a progress bar."""
     counts = thread_map(
-        lambda sample: count_pixels(read_label(sample.label, table), len(table)), samples, desc="counting", disable=None
-    )
-    return sum(counts)[:-1].tolist()
+        lambda sample: count_pixels(read_label(sample.label, table), len(table)), samples,
+        desc="counting", disable=None if show else True,
+    )  # fmt: skip
+    return sum(counts, start=np.zeros(len(table) + 1, np.int64))[:-1].tolist()
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -33,10 +33,18 @@ Equal up to rounding: the gather runs in fp32 (see SpatialGather), and rho's con
 ObjectAttention).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from .hrnet import conv_bn_relu, init_weights
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """autocast off. Where it is off already, as on devices that do not know it, a context that does nothing."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 class SpatialGather(nn.Module):
@@ -54,7 +62,7 @@ class SpatialGather(nn.Module):
 
     def forward(self, x: Tensor, region_logits: Tensor) -> Tensor:
         """x (B, C, H, W), region_logits (B, K, H, W) -> f (B, C, K, 1), fp32 or wider."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             m = self.spatial_softmax(region_logits)  # (B, K, N)
             f = m @ x.to(m.dtype).flatten(2).transpose(1, 2)  # (B, K, N) @ (B, N, C) = (B, K, C)
         return f.transpose(1, 2).unsqueeze(3)  # (B, C, K, 1): an image of K pixels, for 1x1 convolutions

@@ -302,7 +302,7 @@ def parse_args() -> Namespace:
     group.add_argument("--workers", type=number(int, 0), default=workers, metavar="N", help="data loaders per process")
     group = parser.add_argument_group("intervals, in iterations")
     group.add_argument("--val-every", type=count, default=4000, metavar="N", help="validation")
-    group.add_argument("--save-every", type=count, default=4000, metavar="N", help="last.pt")
+    group.add_argument("--save-every", type=count, default=500, metavar="N", help="last.pt")
     group.add_argument("--log-every", type=count, default=50, metavar="N", help="a line of log.jsonl")
 
     if parser.parse_known_args()[0].demo:

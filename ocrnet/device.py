@@ -195,10 +195,9 @@ class Accelerator:
         if self.world_size == 1:
             return model
         device_ids = None if self.device.type == "cpu" else [self.device.index]
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # synchronized BatchNorm keeps them equal
-        )  # fmt: skip
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # from now on synchronized BatchNorm keeps them equal
+        return wrapped
 
     def manual_seed(self, seed: int) -> None:
         """Seed the CPU's and the device's generator."""

@@ -84,7 +84,9 @@ class Running:
     def __init__(self, path: Path, args: Sequence[str], processes: int, output: Path, figures: bool):
         self.outputs = [f"{output}{rank}" for rank in range(processes)]
         self.processes = []
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        size = str(processes)
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        address |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         for rank, file in enumerate(self.outputs):
             place = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             rank_args = (str(path), list(args), {**os.environ, **place}, file, figures)

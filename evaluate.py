@@ -22,8 +22,9 @@ from ocrnet.data.classes import read_classes
 from ocrnet.data.datasets import EvalDataset, find_images, find_samples, split_folder
 from ocrnet.device import DEVICES, Accelerator
 from ocrnet.evaluation import evaluate, print_scores, summarize
+from ocrnet.files import check_output
 from ocrnet.inference import list_images, make_forward, write_predictions
-from ocrnet.script import check_output, make_parser, number, run_script
+from ocrnet.script import make_parser, number, run_script
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
             explain_images(model, images, args.explain, table, accelerator, long_side)
     else:
         samples = find_samples(args.data_path, args.split)
-        confusion, _ = evaluate(forward, EvalDataset(samples, table), len(table), accelerator, workers=2)
+        confusion, _ = evaluate(forward, EvalDataset(samples, table), accelerator, workers=2)
         if accelerator.is_main:
             scores = {"images": len(samples), **summarize(confusion, table)}
             print(f"{args.ckpt} on {args.data_path}, {args.split}: {len(samples)} images\n")

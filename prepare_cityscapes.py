@@ -22,7 +22,6 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map
 
 from ocrnet import InputError
-from ocrnet.checkpoint import atomic_write
 from ocrnet.data.classes import CITYSCAPES, ClassTable, read_classes
 from ocrnet.data.datasets import (
     Sample,
@@ -36,6 +35,7 @@ from ocrnet.data.datasets import (
     split_folder,
 )
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.files import atomic_write
 from ocrnet.script import make_parser, run_script
 
 ZIPS = {"leftImg8bit_trainvaltest.zip": "_leftImg8bit.png", "gtFine_trainvaltest.zip": "_gtFine_labelIds.png"}

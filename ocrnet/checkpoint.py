@@ -9,8 +9,6 @@ A checkpoint holds CPU tensors and plain Python only:
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,9 @@ import torch
 
 from . import InputError
 from .data.classes import CITYSCAPES, ClassTable, classes_from_meta
+from .files import atomic_write
 from .models import OCRNet, build_model
 from .models.weights import build_from_checkpoint, check_finite, read_file
-
-# Settings that a resumed run must have in common with its checkpoint. Others may differ, which is printed.
-MUST_MATCH = ("model", "head", "classes", "train_images", "global_batch", "max_iters", "seed")
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, renamed to ``path`` on success and removed on failure: ``path`` is never incomplete."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def to_cpu(state: Any) -> Any:
@@ -109,17 +94,3 @@ def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
         model.long_side = 2048 if is_cityscapes else 0
     model.about = str(state.get("about", ""))
     return model.eval(), table
-
-
-def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
-    """A sentence for each setting that differs between the checkpoint ``path`` and the run that resumes it.
-
-    Raises:
-        InputError: a setting of ``MUST_MATCH`` differs.
-    """
-    saved = checkpoint["settings"]
-    different = [name for name in settings if settings[name] != saved.get(name)]
-    for name in MUST_MATCH:
-        if name in different:
-            raise InputError(f"--resume: expected {name} {saved.get(name)} as in {path}, found {settings[name]}")
-    return [f"{name} is {settings[name]}, it was {saved.get(name)}" for name in different]

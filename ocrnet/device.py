@@ -221,16 +221,16 @@ class Accelerator:
             except BrokenPipeError:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, on the CPU. A tensor on the CPU is changed in place."""
-        x = x.cpu()
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, on the CPU. All of them must call it."""
+        x = x.cpu().clone()
         if dist.is_initialized():
             dist.all_reduce(x, group=self.host_group)
         return x
 
     def any(self, value: bool) -> bool:
         """Whether ``value`` is true in any process."""
-        return bool(self.sum(torch.tensor([float(value)])))
+        return bool(self.sum_over_ranks(torch.tensor([float(value)])))
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -19,7 +19,7 @@ from .data.classes import ClassTable
 from .data.datasets import IMAGE_SUFFIXES, read_image, to_tensor
 from .data.transforms import preprocess
 from .device import Accelerator
-from .script import SOFTWARE, check_output
+from .files import SOFTWARE, check_output
 
 Forward = Callable[[Tensor], tuple[Tensor, ...]]  # raw images (B, 3, H, W) -> (logits (B, K, H, W), ...)
 

@@ -36,6 +36,7 @@ from .classes import IGNORE_INDEX, ClassTable
 from .transforms import NO_CHANGE, crop_image, sample_crop, sample_photometric
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
+PIXEL_BYTES = 4  # of an RGB image and its label in a batch
 TRAIN_IDS = "_gtFine_labelTrainIds.png"
 
 
@@ -200,7 +201,7 @@ def read_sample(sample: Sample, table: ClassTable) -> tuple[Image.Image, np.ndar
     return image, label
 
 
-def image_size(samples: Sequence[Sample], count: int = 100) -> list[int]:
+def median_size(samples: Sequence[Sample], count: int = 100) -> list[int]:
     """[H, W], the medians of ``count`` images."""
     sizes = []
     for sample in samples[:: -(-len(samples) // count)]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .. import InputError
 from .classes import IGNORE_INDEX
 
 MEAN = (123.675, 116.28, 103.53)  # ImageNet's RGB mean, for values 0 .. 255
@@ -113,7 +114,12 @@ def preprocess(image: Tensor, photometric: Tensor | None = None) -> Tensor:
 
     Args:
         photometric: parameters (B, 5) of ``sample_photometric``, applied before the normalization.
+
+    Raises:
+        InputError: the number of channels is another.
     """
+    if image.shape[1] != len(MEAN):
+        raise InputError(f"expected images of {len(MEAN)} channels, as MEAN and STD have, found {image.shape[1]}")
     x = image.float()
     if photometric is not None:
         x = photometric_distortion(x, photometric)

@@ -109,8 +109,7 @@ def upsample(x: Tensor, factor: int, size: Sequence[int], align_corners: bool) -
     """
     if not align_corners:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    if x.shape[-2:] == tuple(size):
-        return x
+    # also where x has this size already: a branch on it would be fixed in an exported model
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 

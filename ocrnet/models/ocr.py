@@ -155,7 +155,7 @@ class OCRHead(nn.Module):
         """(B, region_in_channels, H, W), (B, in_channels, H, W) -> logits, region_logits, both (B, K, H, W)."""
         region_logits = self.region_head(region_features)  # (B, K, H, W) soft object regions, before their softmax
         x = self.pixel_head(features)  # (B, C, H, W) pixel representations
-        f = self.gather(x, region_logits)  # (B, C, K, 1) object region representations
+        f = self.gather(x, region_logits).to(x.dtype)  # (B, C, K, 1) object region representations
         y = self.attention(x, f)  # (B, C, H, W) object-contextual representations
         z = self.g(torch.cat([y, x], dim=1))  # (B, C, H, W) augmented representations
         return self.classifier(z), region_logits

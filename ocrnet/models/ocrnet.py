@@ -89,6 +89,18 @@ class OCRNet(nn.Module):
         # contiguous, because the softmax over K that follows would copy channels_last logits at the full size
         return F.interpolate(logits.contiguous(), image.shape[-2:], mode="bilinear", align_corners=self.align_corners)
 
+    def train(self, mode: bool = True) -> "OCRNet":
+        """As ``nn.Module.train``, but modules without a trainable parameter stay in evaluation mode.
+
+        So ``net.backbone.requires_grad_(False)`` also keeps the statistics of BatchNorm, which are no parameters.
+        """
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            frozen = not any(parameter.requires_grad for parameter in module.parameters())
+            if frozen and next(module.parameters(), None) is not None:
+                module.eval()
+        return self
+
     def set_align_corners(self, align_corners: bool) -> None:
         """How all feature maps and logits are resized: True for the authors' weights, False in the recipe."""
         for module in self.modules():

@@ -12,10 +12,16 @@ from PIL import Image
 
 import prepare_cityscapes
 from ocrnet import InputError
-from ocrnet.data.classes import CITYSCAPES
+from ocrnet.data.classes import CITYSCAPES, ClassTable
 from ocrnet.data.datasets import find_samples, read_label
 from ocrnet.data.synthetic import write_dataset
 from prepare_cityscapes import unpack
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.array(pixels, np.uint8)).save(path)
+    return path
 
 
 @pytest.fixture
@@ -32,100 +38,136 @@ def zips(data, tmp_path):
     return folder
 
 
-def test_prepare_unpacks_maps_checks_counts_and_then_finds_nothing_to_do(script, main, data, zips, tmp_path, capsys):
+def test_prepare_unpacks_maps_checks_counts_and_then_finds_nothing_to_do(main, data, zips, tmp_path, capsys):
     root = tmp_path / "cityscapes"
     shutil.copytree(data / "leftImg8bit/val", root / "leftImg8bit/val")  # unpacked before, but
     image = next((root / "leftImg8bit").rglob("*.png"))
     image.write_bytes(image.read_bytes()[:1000])  # only in part
-    done = script("prepare_cityscapes.py", "--data-path", root, "--zips", zips)
+    main("prepare_cityscapes.py", "--data-path", root, "--zips", zips)
+    printed = capsys.readouterr().out
     files = {path.relative_to(root) for path in root.rglob("*.*")}
     expected = {path.relative_to(data) for path in data.rglob("*.png")}
-    train_ids = {path.with_name(path.name.replace("labelIds", "labelTrainIds")) for path in expected}
-    assert files == expected | train_ids
-    for path in expected:
-        assert (root / path).read_bytes() == (data / path).read_bytes()
-    for sample in find_samples(root, "train"):
-        written = sample.label.with_name(sample.label.name.replace("labelIds", "labelTrainIds"))
-        assert np.array_equal(Image.open(written), read_label(sample.label, CITYSCAPES))
-    assert re.search(r"train: 6 .* 9\d\.\d%", done.stdout) and re.search(r"val: 5 .* 9\d\.\d%", done.stdout)
+    assert files == expected | {path.with_name(path.name.replace("labelIds", "labelTrainIds")) for path in expected}
+    assert all((root / path).read_bytes() == (data / path).read_bytes() for path in expected)
+    rows = re.findall(r"^(\w[\w ]*?) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == CITYSCAPES.names and re.search("^class +train +val$", printed, re.MULTILINE)
+    for column, split in ((1, "train"), (2, "val")):
+        samples = find_samples(root, split)
+        labels = np.stack([read_label(sample.label, CITYSCAPES) for sample in samples])
+        written = [sample.label.with_name(sample.label.name.replace("labelIds", "labelTrainIds")) for sample in samples]
+        assert np.array_equal([np.array(Image.open(path)) for path in written], labels)
+        shares = 100 * np.bincount(labels[labels < 255], minlength=19) / (labels < 255).sum()
+        assert [float(row[column]) for row in rows] == pytest.approx(shares.tolist(), abs=6e-4)
+        assert re.search(rf"^{split}: {len(samples)} .* {(labels < 255).mean():.1%}", printed, re.MULTILINE)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     main("prepare_cityscapes.py", "--data-path", root, "--zips", zips)
-    assert capsys.readouterr().out == done.stdout
+    assert capsys.readouterr().out == printed
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
-def test_the_shares_of_the_classes_are_those_of_the_labels(main, data, capsys, monkeypatch, tmp_path):
-    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    main("prepare_cityscapes.py", "--data-path", tmp_path)
-    rows = re.findall(r"^(\w[\w ]*?) +([\d.]+)% +([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
-    assert len(rows) == 19
-    for column, split in ((1, "train"), (2, "val")):
-        labels = [read_label(sample.label, CITYSCAPES).ravel() for sample in find_samples(data, split)]
-        counts = np.bincount(np.concatenate(labels), minlength=256)[:19]
-        assert [float(row[column]) for row in rows] == pytest.approx(list(100 * counts / counts.sum()), abs=6e-4)
-
-
-def test_generated_data_is_written_and_a_test_split_needs_no_labels(main, tmp_path, monkeypatch, capsys):
+def test_generated_data_is_written_and_only_a_test_split_needs_no_labels(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare_cityscapes, "write_dataset", lambda root: write_dataset(root, {"train": 1, "val": 1}))
-    root = tmp_path / "new"
-    main("prepare_cityscapes.py", "--synthetic", "--data-path", root)
-    image = root / "leftImg8bit/test/city/a_leftImg8bit.png"
-    image.parent.mkdir(parents=True)
-    Image.new("RGB", (4, 4)).save(image)
+    with pytest.raises(SystemExit, match="2"):
+        main("prepare_cityscapes.py", "--synthetic", "--zips", tmp_path)
+    assert not list(tmp_path.iterdir())
+    main("prepare_cityscapes.py", "--synthetic")
+    shutil.move("data/synthetic", "data/cityscapes")
+    image = save(tmp_path / "data/cityscapes/leftImg8bit/test/city/a_leftImg8bit.png", np.zeros((4, 4, 3)))
+    save(image.parents[2] / ".hidden/a.png", [[0]])
+    save(image.parents[2] / "no split.png", [[0]])
     capsys.readouterr()
-    main("prepare_cityscapes.py", "--data-path", root)
-    counted = re.findall(r"^(\w+): (\d+) ", capsys.readouterr().out, re.MULTILINE)
+    main("prepare_cityscapes.py")
+    counted = re.findall(r"^([\w.]+): (\d+) ", capsys.readouterr().out, re.MULTILINE)
     assert counted == [("test", "1"), ("train", "1"), ("val", "1")]
+    save(image.parents[2] / "val" / image.name, np.zeros((4, 4, 3)))
+    with pytest.raises(InputError, match=f"val/{image.name}: "):
+        main("prepare_cityscapes.py")
 
 
-def test_own_classes_are_checked_and_nothing_is_written(main, data, tmp_path):
-    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    rows = [{"name": name, "id": k, "train_id": k, "color": [k, k, k]} for k, name in enumerate("ab")]
+def test_own_classes_are_checked_and_nothing_is_written(main, tmp_path, capsys):
+    rows = [{"name": name, "id": k, "train_id": k, "color": [k, k, k]} for k, name in enumerate("abc")]
     (tmp_path / "classes.json").write_text(json.dumps(rows))
+    for split, label in (("train", [0, 0, 0, 2]), ("val", [0, 1, 1, 255])):
+        save(tmp_path / f"leftImg8bit/{split}/x_leftImg8bit.png", np.zeros((1, 4, 3)))
+        path = save(tmp_path / f"gtFine/{split}/x_gtFine_labelIds.png", [label])
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=f"^{tmp_path}/gtFine/train/.*_labelIds.png: "):
+    main("prepare_cityscapes.py", "--data-path", tmp_path)
+    printed = capsys.readouterr().out
+    shares = " ".join(re.findall(r"([\d.]+)%", printed))
+    assert shares == "100.0 75.0 75.000 33.333 0.000 66.667 25.000 0.000"
+    assert re.findall("NOTE: .* ([abc]):", printed) == ["b"]
+    save(path, [[255] * 4])
+    shutil.move(tmp_path / "leftImg8bit/train", tmp_path / "leftImg8bit/.train")
+    main("prepare_cityscapes.py", "--data-path", tmp_path)
+    printed = capsys.readouterr().out
+    assert re.findall(r"([\d.]+)%", printed) == ["0.0", *["0.000"] * 3] and "NOTE" not in printed
+    shutil.move(tmp_path / "leftImg8bit/.train", tmp_path / "leftImg8bit/train")
+    save(path, [[3] * 4])
+    with pytest.raises(InputError, match=f"^{path}: "):
         main("prepare_cityscapes.py", "--data-path", tmp_path)
     assert set(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["values", "colors"])
-def test_without_classes_the_values_are_counted_and_a_file_to_start_from_is_printed(main, tmp_path, capsys, kind):
-    label = np.array([[0, 0, 7, 255]], np.uint8)
-    label = label if kind == "values" else np.stack([label, label // 2, label], axis=-1)
-    for folder, pixels in (("images", np.zeros((1, 4, 3), np.uint8)), ("labels", label)):
-        for split in ("train", "val"):
-            (tmp_path / folder / split).mkdir(parents=True)
-            Image.fromarray(pixels).save(tmp_path / folder / split / "a.png")
+GRAY, RED = (9, 9, 9), (200, 9, 9)
+
+
+@pytest.mark.parametrize(
+    "labels, shares, values",
+    [
+        ([[0, 0, 7, 255]], "50 25 25", [0, 7, 255]),
+        ([[RED, GRAY, RED, RED]], "75 25", [GRAY, RED]),
+        ([[1, 1, 1, 0], [(*GRAY, 0)] * 4], "50 37 12", [0, 1, GRAY]),
+    ],
+)
+def test_without_classes_a_file_to_start_from_is_printed(main, tmp_path, capsys, labels, shares, values):
+    for i, label in enumerate(labels):
+        for split, pixels in (("train", label), ("val", label[:1] * 4)):
+            save(tmp_path / f"images/{split}/{i}.png", np.zeros((1, 4, 3)))
+            save(tmp_path / f"labels/{split}/{i}.png", [pixels])
     with pytest.raises(InputError, match=f"^{tmp_path / 'classes.json'}: "):
         main("prepare_cityscapes.py", "--data-path", tmp_path)
     printed = capsys.readouterr().out
-    assert re.findall(r"(\d+)\.\d+%", printed) == ["50", "25", "25"]
-    (tmp_path / "classes.json").write_text(printed[printed.index("[\n") :])
+    assert re.findall(r"(\d+)\.\d+%", printed) == shares.split()
+    start = printed[printed.index("[\n") :]
+    looks = [
+        (-1, list(x)) if isinstance(x, tuple) else (x, CITYSCAPES.palette[k].tolist()) for k, x in enumerate(values)
+    ]
+    keys = "name", "id", "train_id", "color"
+    assert json.loads(start) == [dict(zip(keys, (f"class {k}", i, k, color))) for k, (i, color) in enumerate(looks)]
+    (tmp_path / "classes.json").write_text(start)
     main("prepare_cityscapes.py", "--data-path", tmp_path)
-    assert len(re.findall(r" (50|25)\.\d+%", capsys.readouterr().out)) == 6
+    assert f"train: {len(labels)} images" in capsys.readouterr().out
 
 
-def test_labels_of_one_bit_need_a_table_by_hand_and_hidden_folders_are_left_out(main, data, tmp_path, capsys):
-    shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data/leftImg8bit/.cache").mkdir()
-    main("prepare_cityscapes.py", "--data-path", tmp_path / "data")
-    for folder, mode in (("images", "RGB"), ("labels", "1")):
-        (tmp_path / folder / "train").mkdir(parents=True)
-        Image.new(mode, (4, 4)).save(tmp_path / folder / "train/a.png")
-    with pytest.raises(InputError, match=f"^{tmp_path}/labels/train/a.png: .* 1$"):
-        main("prepare_cityscapes.py", "--data-path", tmp_path)
+def test_a_label_of_many_colors_gives_254_classes_and_one_of_one_bit_needs_a_table_by_hand(main, tmp_path, capsys):
+    colors = np.stack([*np.indices((20, 20)), np.zeros((20, 20))], axis=2)
+    for folder in ("images", "labels"):
+        save(tmp_path / folder / "train/a.png", colors)
+    for label, found in ((None, "classes.json"), (Image.new("1", (20, 20)), "labels/train/a.png: .* 1$")):
+        if label:
+            label.save(tmp_path / "labels/train/a.png")
+        with pytest.raises(InputError, match=f"^{tmp_path}/{found}"):
+            main("prepare_cityscapes.py", "--data-path", tmp_path)
+    printed = capsys.readouterr().out
+    assert len(ClassTable.from_rows(json.loads(printed[printed.index("[\n") :]), "x")) == 254
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["absent", "text", "truncated", "flipped"])
+@pytest.mark.parametrize("damage", ["absent", "text", "truncated", "flipped", "locked"])
 def test_an_unusable_zip_is_named(zips, tmp_path, damage):
     path = zips / "gtFine_trainvaltest.zip"
     content = path.read_bytes()
     middle = len(content) // 2
-    flipped = content[:middle] + bytes(255 - b for b in content[middle : middle + 900]) + content[middle + 900 :]
-    path.write_bytes({"text": b"text", "truncated": content[:middle], "flipped": flipped}.get(damage, content))
+    damaged = {
+        "text": b"text",
+        "truncated": content[:middle],
+        "flipped": content[:middle] + bytes(255 - b for b in content[middle : middle + 900]) + content[middle + 900 :],
+        "locked": re.sub(rb"(PK\x03\x04..|PK\x01\x02....)\0", rb"\1\1", content, flags=re.DOTALL),
+    }
+    path.write_bytes(damaged.get(damage, content))
     if damage == "absent":
         path.unlink()
     with pytest.raises((InputError, FileNotFoundError), match=str(path)):

@@ -4,24 +4,19 @@ import json
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import error_of
 from PIL import Image
+from test_datasets import save
 
 import prepare_cityscapes
 from ocrnet import InputError
-from ocrnet.data.classes import CITYSCAPES, ClassTable
+from ocrnet.data.classes import CITYSCAPES, read_classes
 from ocrnet.data.datasets import find_samples, read_label
 from ocrnet.data.synthetic import write_dataset
-from prepare_cityscapes import unpack
-
-
-def save(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.array(pixels, np.uint8)).save(path)
-    return path
 
 
 @pytest.fixture
@@ -32,6 +27,7 @@ def zips(data, tmp_path):
     for name in ("leftImg8bit", "gtFine"):
         with zipfile.ZipFile(folder / f"{name}_trainvaltest.zip", "w") as archive:
             archive.writestr("license.txt", "text")
+            archive.writestr("../../outside_gtFine_labelIds.png", "unpacked below the root")
             for path in sorted((data / name).rglob("*.png")):
                 archive.write(path, path.relative_to(data))
                 archive.writestr(f"{path.relative_to(data)}_color.png", b"not used")
@@ -47,7 +43,8 @@ def test_prepare_unpacks_maps_checks_counts_and_then_finds_nothing_to_do(main, d
     printed = capsys.readouterr().out
     files = {path.relative_to(root) for path in root.rglob("*.*")}
     expected = {path.relative_to(data) for path in data.rglob("*.png")}
-    assert files == expected | {path.with_name(path.name.replace("labelIds", "labelTrainIds")) for path in expected}
+    train_ids = {path.with_name(path.name.replace("labelIds", "labelTrainIds")) for path in expected}
+    assert files == expected | train_ids | {Path("outside_gtFine_labelIds.png")}
     assert all((root / path).read_bytes() == (data / path).read_bytes() for path in expected)
     rows = re.findall(r"^(\w[\w ]*?) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
     assert [row[0] for row in rows] == CITYSCAPES.names and re.search("^class +train +val$", printed, re.MULTILINE)
@@ -59,10 +56,10 @@ def test_prepare_unpacks_maps_checks_counts_and_then_finds_nothing_to_do(main, d
         shares = 100 * np.bincount(labels[labels < 255], minlength=19) / (labels < 255).sum()
         assert [float(row[column]) for row in rows] == pytest.approx(shares.tolist(), abs=6e-4)
         assert re.search(rf"^{split}: {len(samples)} .* {(labels < 255).mean():.1%}", printed, re.MULTILINE)
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*/*")}
     main("prepare_cityscapes.py", "--data-path", root, "--zips", zips)
     assert capsys.readouterr().out == printed
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*/*")}
 
 
 def test_generated_data_is_written_and_only_a_test_split_needs_no_labels(main, tmp_path, monkeypatch, capsys):
@@ -97,30 +94,30 @@ def test_own_classes_are_checked_and_nothing_is_written(main, tmp_path, capsys):
     shares = " ".join(re.findall(r"([\d.]+)%", printed))
     assert shares == "100.0 75.0 75.000 33.333 0.000 66.667 25.000 0.000"
     assert re.findall("NOTE: .* ([abc]):", printed) == ["b"]
-    save(path, [[255] * 4])
-    shutil.move(tmp_path / "leftImg8bit/train", tmp_path / "leftImg8bit/.train")
-    main("prepare_cityscapes.py", "--data-path", tmp_path)
-    printed = capsys.readouterr().out
-    assert re.findall(r"([\d.]+)%", printed) == ["0.0", *["0.000"] * 3] and "NOTE" not in printed
-    shutil.move(tmp_path / "leftImg8bit/.train", tmp_path / "leftImg8bit/train")
     save(path, [[3] * 4])
     with pytest.raises(InputError, match=f"^{path}: "):
         main("prepare_cityscapes.py", "--data-path", tmp_path)
-    assert set(tmp_path.rglob("*")) == before
+    assert set(tmp_path.rglob("*")) == before and capsys.readouterr()
+    save(path, [[255] * 4])
+    shutil.rmtree(tmp_path / "leftImg8bit/train")
+    main("prepare_cityscapes.py", "--data-path", tmp_path)
+    printed = capsys.readouterr().out
+    assert re.findall(r"([\d.]+)%", printed) == ["0.0", *["0.000"] * 3] and "NOTE" not in printed
 
 
 GRAY, RED = (9, 9, 9), (200, 9, 9)
+FIRST, SECOND, THIRD = map(tuple, CITYSCAPES.palette[:3].tolist())
 
 
 @pytest.mark.parametrize(
-    "labels, shares, values",
+    "labels, shares, expected",
     [
-        ([[0, 0, 7, 255]], "50 25 25", [0, 7, 255]),
-        ([[RED, GRAY, RED, RED]], "75 25", [GRAY, RED]),
-        ([[1, 1, 1, 0], [(*GRAY, 0)] * 4], "50 37 12", [0, 1, GRAY]),
+        ([[0, 0, 7, 255]], ["50", "25", "25"], [(0, FIRST), (7, SECOND), (255, THIRD)]),
+        ([[RED, GRAY, RED, RED]], ["75", "25"], [(-1, GRAY), (-1, RED)]),
+        ([[1, 1, 1, 0], [(*GRAY, 0)] * 4], ["50", "37", "12"], [(0, FIRST), (1, SECOND), (-1, GRAY)]),
     ],
 )
-def test_without_classes_a_file_to_start_from_is_printed(main, tmp_path, capsys, labels, shares, values):
+def test_without_classes_a_file_to_start_from_is_printed(main, tmp_path, capsys, labels, shares, expected):
     for i, label in enumerate(labels):
         for split, pixels in (("train", label), ("val", label[:1] * 4)):
             save(tmp_path / f"images/{split}/{i}.png", np.zeros((1, 4, 3)))
@@ -128,58 +125,37 @@ def test_without_classes_a_file_to_start_from_is_printed(main, tmp_path, capsys,
     with pytest.raises(InputError, match=f"^{tmp_path / 'classes.json'}: "):
         main("prepare_cityscapes.py", "--data-path", tmp_path)
     printed = capsys.readouterr().out
-    assert re.findall(r"(\d+)\.\d+%", printed) == shares.split()
-    start = printed[printed.index("[\n") :]
-    looks = [
-        (-1, list(x)) if isinstance(x, tuple) else (x, CITYSCAPES.palette[k].tolist()) for k, x in enumerate(values)
-    ]
-    keys = "name", "id", "train_id", "color"
-    assert json.loads(start) == [dict(zip(keys, (f"class {k}", i, k, color))) for k, (i, color) in enumerate(looks)]
-    (tmp_path / "classes.json").write_text(start)
+    assert re.findall(r"(\d+)\.\d+%", printed) == shares
+    (tmp_path / "classes.json").write_text(printed[printed.index("[\n") :])
+    table = read_classes(tmp_path)
+    assert [(label.id, label.color) for label in table.labels] == expected
+    assert table.names == [f"class {k}" for k in range(len(expected))]
     main("prepare_cityscapes.py", "--data-path", tmp_path)
-    assert f"train: {len(labels)} images" in capsys.readouterr().out
 
 
-def test_a_label_of_many_colors_gives_254_classes_and_one_of_one_bit_needs_a_table_by_hand(main, tmp_path, capsys):
+def test_at_most_254_classes_are_printed_and_one_bit_needs_a_table_by_hand(main, tmp_path, capsys):
     colors = np.stack([*np.indices((20, 20)), np.zeros((20, 20))], axis=2)
-    for folder in ("images", "labels"):
-        save(tmp_path / folder / "train/a.png", colors)
-    for label, found in ((None, "classes.json"), (Image.new("1", (20, 20)), "labels/train/a.png: .* 1$")):
-        if label:
-            label.save(tmp_path / "labels/train/a.png")
+    for mode, found in ((None, "classes.json"), ("1", "labels/train/a.png: .* 1$")):
+        for folder in ("images", "labels"):
+            save(tmp_path / folder / "train/a.png", colors, mode)
         with pytest.raises(InputError, match=f"^{tmp_path}/{found}"):
             main("prepare_cityscapes.py", "--data-path", tmp_path)
     printed = capsys.readouterr().out
-    assert len(ClassTable.from_rows(json.loads(printed[printed.index("[\n") :]), "x")) == 254
+    assert len(json.loads(printed[printed.index("[\n") :])) == 254
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("damage", ["absent", "text", "truncated", "flipped", "locked"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None, lambda x: b"text", lambda x: x[: len(x) // 2], lambda x: x[:9000] + bytes(900) + x[9900:],
+        lambda x: re.sub(rb"(PK\x03\x04..|PK\x01\x02....)\0", rb"\1\1", x, flags=re.DOTALL),  # locked by a password
+    ],
+)  # fmt: skip
 def test_an_unusable_zip_is_named(zips, tmp_path, damage):
     path = zips / "gtFine_trainvaltest.zip"
-    content = path.read_bytes()
-    middle = len(content) // 2
-    damaged = {
-        "text": b"text",
-        "truncated": content[:middle],
-        "flipped": content[:middle] + bytes(255 - b for b in content[middle : middle + 900]) + content[middle + 900 :],
-        "locked": re.sub(rb"(PK\x03\x04..|PK\x01\x02....)\0", rb"\1\1", content, flags=re.DOTALL),
-    }
-    path.write_bytes(damaged.get(damage, content))
-    if damage == "absent":
-        path.unlink()
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     with pytest.raises((InputError, FileNotFoundError), match=str(path)):
-        unpack(path, "_labelIds.png", tmp_path / "root")
-
-
-def test_entries_stay_below_the_root(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
-        for name in ("../x_labelIds.png", "/x_labelIds.png", "gtFine/../../x_labelIds.png"):
-            archive.writestr(name, "outside")
-    unpack(tmp_path / "bad.zip", "_labelIds.png", tmp_path / "deep/root")
-    assert all((tmp_path / "deep/root") in path.parents for path in tmp_path.rglob("*.png"))
+        prepare_cityscapes.unpack(path, "_labelIds.png", tmp_path / "root")
 
 
 def test_an_empty_folder_is_one_line(script, tmp_path):

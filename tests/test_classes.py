@@ -93,17 +93,14 @@ def test_the_table_is_that_of_classes_json(tmp_path):
     assert ClassTable.from_rows(table.rows(), "x").labels == table.labels
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        b"\xff{", b"[", "text", {}, [], [{"name": "a"}], [[]], MANY, ROWS[:1], [ROWS[0], {**ROWS[1], "train_id": 2}],
-        *([ROWS[0], {**ROWS[1], key: value}] for key, value in [
-            ("id", 256), ("id", -2), ("id", "1"), ("id", True), ("id", 0), ("train_id", True), ("train_id", -1),
-            ("color", [0, 0]), ("color", [0, 0, 256]), ("color", [-1, 0, 0]), ("color", [0, 0, True]), ("color", "red"),
-            ("color", 1), ("name", 3), ("name", "plain"),
-        ]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("rows", [
+    b"\xff{", b"[", "text", {}, [], [{"name": "a"}], [[]], MANY, ROWS[:1], [ROWS[0], {**ROWS[1], "train_id": 2}],
+    *([ROWS[0], {**ROWS[1], key: value}] for key, value in [
+        ("id", 256), ("id", -2), ("id", "1"), ("id", True), ("id", 0), ("train_id", True), ("train_id", -1),
+        ("color", [0, 0]), ("color", [0, 0, 256]), ("color", [-1, 0, 0]), ("color", [0, 0, True]), ("color", "red"),
+        ("color", 1), ("name", 3), ("name", "plain"),
+    ]),
+])  # fmt: skip
 def test_malformed_classes_are_refused(tmp_path, rows):
     (tmp_path / "classes.json").write_bytes(rows if isinstance(rows, bytes) else json.dumps(rows).encode())
     with pytest.raises(InputError, match=f"^{tmp_path / 'classes.json'}: "):

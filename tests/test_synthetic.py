@@ -34,14 +34,14 @@ def test_color_does_not_determine_the_class():
     assert image.shape == (64, 128, 3)
 
 
-def test_a_data_set_is_whole_or_absent_and_kept(tmp_path):
+def test_a_data_set_is_whole_or_absent_and_kept(tmp_path, capsys):
     root = tmp_path / "a/b"
     with pytest.raises(ValueError, match="unknown"):
         write_dataset(root, {"train": 1, "unknown": 1})
     assert not any(root.parent.iterdir())
     write_dataset(root, {"train": 1, "val": 1})
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*.png")}
-    assert len(times) == 4 and list(root.parent.iterdir()) == [root]
+    assert len(times) == 4 and list(root.parent.iterdir()) == [root] and not capsys.readouterr().err  # no bar
     write_dataset(root, {"train": 1, "val": 1})
     assert times == {path: path.stat().st_mtime_ns for path in root.rglob("*.png")}
 

@@ -53,11 +53,10 @@ def test_crop_dominated_by_one_class_is_sampled_again_up_to_ten_times():
     assert abs(np.mean(dominated) - (82 / 97) ** 11) < 0.012
 
 
-@pytest.mark.parametrize(
-    "shape, scale, crop_size, size",
-    [((10, 21), 1, (32, 64), (10, 21)), ((10, 21), 0.7, (32, 64), (7, 15)), ((1, 20), 0.25, (32, 64), (1, 5)),
-     ((10, 20), 2, (32, 32), (20, 32))],
-)  # fmt: skip
+@pytest.mark.parametrize("shape, scale, crop_size, size", [
+    ((10, 21), 1, (32, 64), (10, 21)), ((10, 21), 0.7, (32, 64), (7, 15)), ((1, 20), 0.25, (32, 64), (1, 5)),
+    ((10, 20), 2, (32, 32), (20, 32)),
+])  # fmt: skip
 def test_small_image_is_padded_at_the_right_and_the_bottom(shape, scale, crop_size, size):
     image, label = Image.new("RGB", shape[::-1], (9, 9, 9)), np.full(shape, 3, np.uint8)
     height, width = size

@@ -106,16 +106,12 @@ def test_files_of_cityscapes_are_found_with_label_ids_before_train_ids(data, tmp
         find_samples(tmp_path, "val")
 
 
-@pytest.mark.parametrize("damage", ["images/train", "classes.json", "images/train/a.png"])
-def test_a_data_set_that_cannot_be_read_is_named(root, damage):
-    if damage == "images/train":  # no images
-        shutil.rmtree(root / damage)
-    elif damage == "classes.json":
-        (root / damage).unlink()
-    else:  # two of one name
-        save(root / damage, np.zeros((2, 4, 3)))
-    with pytest.raises(InputError, match=f"^{root / damage}: "):
-        find_samples(root, "train")
+def test_a_data_set_that_cannot_be_read_is_named(root):
+    two_of_one_name = "images/train/a.png", lambda path: save(path, np.zeros((2, 4, 3)))
+    for name, damage in (two_of_one_name, ("images/train", shutil.rmtree), ("classes.json", os.remove)):
+        damage(root / name)
+        with pytest.raises(InputError, match=f"^{root / name}: "):
+            find_samples(root, "train")
 
 
 def test_links_are_followed_also_in_circles_and_pipes_are_left_out(root, tmp_path):
@@ -173,7 +169,7 @@ def test_the_bits_of_an_image_and_the_indices_of_a_palette_are_its_values(tmp_pa
 ])  # fmt: skip
 def test_a_mode_or_a_format_that_cannot_hold_the_values_is_refused(tmp_path, kind, mode, saved):
     Image.new(mode, (2, 2), 65536 if kind == "image" else 0).save(tmp_path / "x", saved)
-    with pytest.raises(InputError, match=f"^{tmp_path / 'x'}: .*(mode {mode}|JPEG)"):
+    with pytest.raises(InputError, match=f"^{tmp_path / 'x'}: .*{'JPEG' if saved == 'JPEG' else f'mode {mode}'}"):
         read_image(tmp_path / "x") if kind == "image" else read_label(tmp_path / "x", TABLE)
 
 

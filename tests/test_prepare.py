@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import error_of
 from PIL import Image
+from test_classes import ROWS
 from test_datasets import save
 
 import prepare_cityscapes
@@ -26,7 +27,6 @@ def zips(data, tmp_path):
     folder.mkdir()
     for name in ("leftImg8bit", "gtFine"):
         with zipfile.ZipFile(folder / f"{name}_trainvaltest.zip", "w") as archive:
-            archive.writestr("license.txt", "text")
             archive.writestr("../../outside_gtFine_labelIds.png", "unpacked below the root")
             for path in sorted((data / name).rglob("*.png")):
                 archive.write(path, path.relative_to(data))
@@ -92,8 +92,7 @@ def test_own_classes_are_checked_and_nothing_is_written(main, tmp_path, capsys):
     before = set(tmp_path.rglob("*"))
     main("prepare_cityscapes.py", "--data-path", tmp_path)
     printed = capsys.readouterr().out
-    shares = " ".join(re.findall(r"([\d.]+)%", printed))
-    assert shares == "100.0 75.0 75.000 33.333 0.000 66.667 25.000 0.000"
+    assert " ".join(re.findall(r"([\d.]+)%", printed)) == "100.0 75.0 75.000 33.333 0.000 66.667 25.000 0.000"
     assert re.findall("NOTE: .* ([abc]):", printed) == ["b"]
     save(path, [[3] * 4])
     with pytest.raises(InputError, match=f"^{path}: "):
@@ -104,6 +103,14 @@ def test_own_classes_are_checked_and_nothing_is_written(main, tmp_path, capsys):
     main("prepare_cityscapes.py", "--data-path", tmp_path)
     printed = capsys.readouterr().out
     assert re.findall(r"([\d.]+)%", printed) == ["0.0", *["0.000"] * 3] and "NOTE" not in printed
+
+
+def test_without_folders_of_splits_images_are_checked_as_they_are_drawn(main, tmp_path, capsys):
+    (tmp_path / "classes.json").write_text(json.dumps(ROWS))
+    for path in (tmp_path / folder / f"day/{i}.png" for i in range(13) for folder in ("images", "labels")):
+        save(path, np.zeros((2, 4)))
+    main("prepare_cityscapes.py", "--data-path", tmp_path)
+    assert re.findall(r"^(\w+): (\d+) ", capsys.readouterr().out, re.MULTILINE) == [("train", "11"), ("val", "2")]
 
 
 GRAY, RED = (9, 9, 9), (200, 9, 9)
@@ -126,8 +133,7 @@ def test_without_classes_a_file_to_start_from_is_printed(main, tmp_path, capsys,
     assert re.findall(r"(\d+)\.\d+%", printed) == shares and not bars
     (tmp_path / "classes.json").write_text(printed[printed.index("[\n") :])
     table = read_classes(tmp_path)
-    assert [(label.id, label.color) for label in table.labels] == expected
-    assert table.names == [f"class {k}" for k in range(len(expected))]
+    assert table.labels == [(f"class {k}", i, k, color) for k, (i, color) in enumerate(expected)]
     main("prepare_cityscapes.py", "--data-path", tmp_path)
 
 

@@ -89,8 +89,7 @@ def test_conversion_keeps_weights_names_and_results():
     model(torch.randn(2, 3, 8, 8))  # so that the running statistics are not those of a new layer
     x = torch.randn(2, 3, 8, 8)
     before, expected = {name: value.clone() for name, value in model.state_dict().items()}, model.eval()(x)
-    convert_sync_bn(model)
-    assert type(model[1]) is SyncBatchNorm2d
+    assert convert_sync_bn(model) is model and type(model[1]) is SyncBatchNorm2d
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
     assert torch.equal(model(x), expected)

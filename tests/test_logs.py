@@ -1,105 +1,173 @@
-"""Reading logs of this project and of mmengine."""
+"""Reading logs of this project and of mmengine, and plot_curve.py, which shows them."""
 
+import contextlib
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ocrnet import InputError
-from ocrnet.logs import read_log, smooth, trim_log
+from ocrnet.logs import Log, compare_losses, read_log, smooth, smoothing_window, trim_log
 
 TRAIN = {"split": "train", "iter": 50, "loss": 1.5, "lr": 0.01}
 VAL = {"split": "val", "iter": 100, "mIoU": 0.5, "IoU": {"road": 0.5}}
-# the first line is colored, as on a terminal
+# the first lines are mmengine's header; one line is colored, as on a terminal
 MMENGINE = """\
+    OpenCV: 4.7.0
+    loss: 3
+{"a": 1}
+2024/05/01 09:58:00 - mmengine - INFO - Iter(val) [500/500]    mIoU: 1.5000
 05/01 09:59:00 - mmengine - \x1b[4m\x1b[32mINFO\x1b[0m - Iter(train) [ 1/40000]  lr: 1e-02  loss: 2.5
 2024/05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 9.9891e-03  eta: 5:23:11  loss: 1.9000  aux: 3.1
-2024/05/01 10:09:00 - mmengine - INFO - Saving checkpoint at 50 iterations
 2024/05/01 10:09:00 - mmengine - INFO - Iter(val) [500/500]    aAcc: 90.0000  mIoU: 61.5000  mAcc: 70.0000
-2024/05/01 10:10:00 - mmengine - INFO - Iter(train) [ 51/40000]  lr: 9.9e-03  loss: nan
+2024/05/01 10:10:00 - mmengine - INFO - Iter(train) [ 52/40000]  loss: nan
+2024/05/01 10:10:00 - mmengine - INFO - Iter(train) [ 53/40000]  lr: 9.9e-03
+2024/05/01 10:10:00 - mmengine - INFO - Iter(train) [51/40000]  lr: 9.9e-03  loss: inf
+2024/05/01 10:12:00 - mmengine - INFO - Iter(val) [500/500]  mIoU: 62.0
 """
 
 
-def test_log_of_a_run_is_read_by_its_folder_or_its_file(tmp_path):
-    folder = tmp_path / "hr18"
-    folder.mkdir()
-    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in (TRAIN, VAL)))
-    for path in (folder, folder / "log.jsonl", str(folder)):
-        assert read_log(path) == ("hr18", [TRAIN], [VAL])
+def write(path, *lines):
+    """A file of lines, or of entries as JSON. "\\udcff" becomes a byte that is no UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    path.write_text(text, errors="surrogateescape")
+    return path
 
 
-def test_incomplete_line_and_validation_without_valid_pixels_are_skipped(tmp_path):
-    lines = [json.dumps(TRAIN), json.dumps(VAL | {"mIoU": None}), json.dumps(VAL)[:-9]]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    assert read_log(tmp_path)[1:] == ([TRAIN], [])
+def test_log_of_a_run_is_read_by_its_folder_or_its_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "hr18/log.jsonl", TRAIN, VAL)
+    monkeypatch.chdir(path.parent)
+    for name in (path.parent, path, str(path), "log.jsonl", "."):
+        assert read_log(name) == ("hr18", [TRAIN], [VAL])
+
+
+def test_what_is_no_entry_is_skipped_and_the_last_of_an_iteration_counts(tmp_path):
+    others = [VAL | {"mIoU": None}, VAL | {"iter": "100"}, VAL | {"iter": True}, {"iter": 5}, [1, 2], 3, {"seed": 0}]
+    later = TRAIN | {"iter": 100}
+    path = write(tmp_path / "log.jsonl", "\udcff\n", *others, later | {"loss": 7}, TRAIN, later, json.dumps(VAL)[:-9])
+    assert read_log(path)[1:] == ([TRAIN, later], [])
+    assert read_log(write(path, VAL))[1:] == ([], [VAL])
 
 
 def test_log_of_mmengine_is_read(tmp_path):
-    path = tmp_path / "original.log"
-    path.write_text(MMENGINE)
-    name, train, val = read_log(path)
-    assert name == "original"
-    assert train[0] == {"split": "train", "iter": 1, "loss": 2.5, "lr": 0.01}
-    assert train[1] == {"split": "train", "iter": 50, "loss": 1.9, "lr": 9.9891e-03}
-    assert [entry["iter"] for entry in train] == [1, 50, 51] and train[2]["loss"] != train[2]["loss"]  # nan
-    assert val == [{"split": "val", "iter": 50, "mIoU": 0.615}]
+    for file, name in (("a.log", "a"), ("b/20240501_100000/20240501_100000.log", "b"), ("c/2024_1.log", "2024_1")):
+        found, train, val = read_log(write(tmp_path / file, MMENGINE))
+        expected = [(1, 2.5, 0.01), (50, 1.9, 9.9891e-03), (51, math.inf, 9.9e-03), (52, math.nan, math.nan)]
+        expected = [{"split": "train", "iter": i, "loss": loss, "lr": lr} for i, loss, lr in expected]
+        np.testing.assert_equal((found, train), (name, expected))
+        # a validation is at the iteration of the line before it, also in a part that is repeated
+        assert val == [{"split": "val", "iter": 50, "mIoU": 0.615}, {"split": "val", "iter": 51, "mIoU": 0.62}]
 
 
-def test_log_named_by_its_date_takes_the_name_of_the_work_dir(tmp_path):
-    path = tmp_path / "hr18/20240501_100000/20240501_100000.log"
-    path.parent.mkdir(parents=True)
-    path.write_text(MMENGINE)
-    assert read_log(path).name == "hr18"
-
-
-@pytest.mark.parametrize("content", [None, "", "hello\n", "{}\n{\n"])
-def test_file_that_is_not_a_log_is_named(tmp_path, content):
-    if content is not None:
-        (tmp_path / "log.jsonl").write_text(content)
-    with pytest.raises(InputError) as error:
-        read_log(tmp_path)
-    assert str(tmp_path / "log.jsonl") in str(error.value)
-
-
-def test_the_header_of_mmengine_is_no_entry(tmp_path):
-    environment = "Environment info:\n    sys.platform: linux\n    OpenCV: 4.7.0\n    loss: 3\n"
-    header = environment + "{\"a\": 1}\n[1, 2]\n3\n{'seed': 0}\n---------\n"
-    line = "05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 1e-02  loss: 1.9\n"
-    (tmp_path / "x.log").write_text(header + line)
-    assert read_log(tmp_path / "x.log").train == [{"split": "train", "iter": 50, "loss": 1.9, "lr": 0.01}]
-
-
-def test_of_a_repeated_iteration_the_last_entry_counts(tmp_path):
-    lines = [TRAIN, {**TRAIN, "iter": 100}, {**TRAIN, "loss": 7.0}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [(entry["iter"], entry["loss"]) for entry in read_log(tmp_path).train] == [(50, 7.0), (100, 1.5)]
-
-
-def test_a_validation_belongs_to_the_training_line_before_it_also_in_a_repeated_part(tmp_path):
-    train, val = "Iter(train) [{}/9]  lr: 1e-02  loss: 1.0\n", "Iter(val) [5/5]  mIoU: {}\n"
-    (tmp_path / "x.log").write_text(train.format(3) + train.format(4) + train.format(3) + val.format("60.0"))
-    assert [entry["iter"] for entry in read_log(tmp_path / "x.log").val] == [3]
+def test_file_that_is_not_a_log_is_named(tmp_path):
+    for content in (None, "", "hello\n", "{}\n{\n"):
+        if content is not None:
+            write(tmp_path / "log.jsonl", content)
+        with pytest.raises(InputError, match=f"^{tmp_path / 'log.jsonl'}: "):
+            read_log(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_leaves_a_gap_only():
     found = smooth([1, math.nan, math.nan, 2, 2, math.inf, 3], window=2)
     assert np.array_equal(found, [1, 1, math.nan, 2, 2, 2, 3], equal_nan=True)
+    assert smooth([9, 3, 3, 0], window=3).tolist() == [9, 6, 5, 2]
+    assert [smoothing_window([0] * n) for n in (1, 14, 15, 29, 30)] == [1, 1, 2, 2, 3]
 
 
-def test_a_log_is_cut_where_the_checkpoint_stands_and_damaged_lines_go_alone(tmp_path):
+def test_losses_are_compared_where_both_logs_have_iterations():
+    def log(losses):
+        return Log("a", [{"iter": i, "loss": loss} for i, loss in losses.items()], [VAL])
+
+    first, second = log({2: 1, 4: 2, 6: 3, 8: 9}), log({1: 5, 3: 10, 5: 20, 7: 40})
+    assert [x.tolist() for x in compare_losses(first, second)] == [[1, 2, 3], [10, 15, 30]]
+    assert [x.tolist() for x in compare_losses(second, first)] == [[10, 20, 40], [1.5, 2.5, 3]]
+    for pair in ((first, log({9: 1})), (first, log({})), (log({}), first)):
+        with pytest.raises(InputError, match="^--compare: "):
+            compare_losses(*pair)
+    assert [len(x) for x in compare_losses(first, log({8: 1}))] == [1, 1]
+
+
+def test_a_log_is_cut_where_the_checkpoint_stands(tmp_path):
     path = tmp_path / "log.jsonl"
-    trim_log(path, 3, 0)
+    trim_log(path, 4, 2)
     assert not path.exists()
-    lines = [json.dumps({**TRAIN, "iter": i}) + "\n" for i in range(1, 7)]
-    path.write_text("".join([*lines[:2], "{damaged\n", *lines[2:], '{"split": "train", "iter": 2']))
-    trim_log(path, 4, 0)
-    assert path.read_text() == "".join(lines[:4])
+    kept = [{**TRAIN, "iter": 1}, {**TRAIN, "iter": 2}, {**VAL, "iter": 2}, {**TRAIN, "iter": 4}]
+    later = [{**VAL, "iter": 3}, {**TRAIN, "iter": 5}, json.dumps({**TRAIN, "iter": 3})]  # without its newline
+    write(path, "{damaged\n", *kept[:2], "\udcff\n", kept[2], '{"loss": 1}\n', kept[3], *later)
+    trim_log(path, 4, 2)
+    assert path.read_text() == write(tmp_path / "kept.jsonl", *kept).read_text()
+    file = path.stat().st_ino
+    trim_log(path, 4, 2)
+    assert path.stat().st_ino == file  # not written again
 
 
-def test_a_validation_that_the_checkpoint_does_not_know_yet_is_dropped(tmp_path):
-    path = tmp_path / "log.jsonl"  # of a run that was killed after the entry, before it saved
-    lines = [json.dumps(entry) + "\n" for entry in (TRAIN, {**VAL, "iter": 50}, {**TRAIN, "iter": 100}, VAL)]
-    path.write_text("".join(lines))
-    trim_log(path, 100, 50)
-    assert path.read_text() == "".join(lines[:3])
+LOSSES, NAN = [3, 1.5, 1, 0.75], [float("nan")] * 4
+
+
+def run_of(folder, losses, *more):
+    """The folder of a run with these training losses."""
+    train = [{**TRAIN, "iter": i, "loss": loss} for i, loss in enumerate(losses, 1)]
+    return write(folder / "log.jsonl", *train, *more).parent
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """The folder of a run, and a log of mmengine."""
+    validations = [{**VAL, "iter": 2, "mIoU": 0.25}, {**VAL, "iter": 4, "mIoU": 0.125}]
+    return run_of(tmp_path / "run", LOSSES, *validations), write(tmp_path / "original.log", MMENGINE)
+
+
+def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys):
+    main("plot_curve.py", *logs, run_of(tmp_path / "one", [1]), "--output", tmp_path / "all.PNG")
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^(\w+): (\d+) \D+ (\d+) [^\d\n]+(?:([\d.]+)%)?$", printed, re.MULTILINE)
+    assert rows == [("run", "4", "2", "25.00"), ("original", "4", "2", "62.00"), ("one", "1", "0", "")]
+    assert str(tmp_path / "all.PNG") in printed
+    Image.open(tmp_path / "all.PNG").verify()
+
+
+@pytest.mark.parametrize(
+    "losses, other, passes",
+    [
+        ([1.049, 1.049], [1, 1], True), ([1.051, 1.051], [1, 1], False), (NAN, LOSSES, False), (NAN, NAN, False),
+        ([0.6, 0.6], [1, 1], False), ([1.2, 0.8], [1, 1], False),  # whose signed means pass
+        ([1.19e-3] * 2, [1e-3] * 2, True), ([1.21e-3] * 2, [1e-3] * 2, False),
+        ([1 / i for i in range(1, 51)], [1 / i for i in range(1, 201)], True),  # its own first part
+    ],
+)  # fmt: skip
+def test_losses_are_compared_by_absolute_differences(main, tmp_path, losses, other, passes):
+    with contextlib.nullcontext() if passes else pytest.raises(SystemExit, match="^1$"):
+        main("plot_curve.py", run_of(tmp_path / "a", losses), run_of(tmp_path / "b", other), "--compare")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_two_logs_are_compared_in_numbers_and_with_a_png_if_asked_for(main, logs, tmp_path, capsys):
+    first = run_of(tmp_path / "a", np.multiply(LOSSES, [1.04, 0.98, 1, 0.96]))
+    main("plot_curve.py", first, logs[0], "--compare", "--output", tmp_path / "x.png")
+    numbers = re.findall(r"[-+]?\d+\.\d+%?", capsys.readouterr().out.partition(str(tmp_path / "x.png"))[2])
+    assert numbers == ["0.7200", "0.7500", "2.50%", "-0.50%", "0.04500", "0.0002"]
+    for args in ((first, "--compare"), (first, *logs, "--compare"), (first, "--output", tmp_path / "curve.svg")):
+        with pytest.raises(SystemExit, match="^2$"):
+            main("plot_curve.py", *args)
+
+
+def test_the_figure_is_beside_the_first_log_and_only_own_figures_are_overwritten(main, logs, tmp_path):
+    for _ in range(2):
+        main("plot_curve.py", *logs)
+    assert (logs[0] / "curve.png").exists()
+    Image.new("RGB", (3, 3)).save(tmp_path / "curve.png")
+    before = (tmp_path / "curve.png").read_bytes()
+    with pytest.raises(InputError, match=f"^{tmp_path / 'curve.png'}: "):
+        main("plot_curve.py", *reversed(logs))
+    assert (tmp_path / "curve.png").read_bytes() == before
+
+
+def test_logs_of_one_name_are_told_apart_by_their_paths(main, logs, tmp_path, capsys):
+    other = shutil.copytree(logs[0], tmp_path / "other/run")
+    main("plot_curve.py", logs[0], other, "--compare")
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == [str(logs[0]), str(other)]

@@ -41,11 +41,12 @@ def test_two_cards_train_in_fp16_validate_and_save(sdaa_run):
 
 def test_a_run_on_sdaa_resumes_to_the_same_weights(script, sdaa_run, data, tmp_path):
     code = (
-        "import os, signal, train; poly_lr = train.poly_lr\n"
-        "def stop(lr, t, *rest):\n"
-        "    if t == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return poly_lr(lr, t, *rest)\n"
-        "train.poly_lr = stop; train.main()"
+        "import signal, train; ocr_loss, steps = train.ocr_loss, []\n"
+        "def stop(*args, **options):\n"
+        "    steps.append(1)\n"
+        "    if len(steps) == 2: signal.raise_signal(signal.SIGTERM)\n"
+        "    return ocr_loss(*args, **options)\n"
+        "train.ocr_loss = stop; train.main()"
     )
     (tmp_path / "stopping.py").write_text(code)
     flags = [*SDAA, "--data-path", data, "--output-dir", tmp_path / "run"]

@@ -13,6 +13,7 @@ SIGTERM, Ctrl-C and other stop signals save last.pt after the current iteration 
 
 import os
 import sys
+import warnings
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -85,6 +86,7 @@ def main() -> None:
     floor = MIN_LR / max(args.lr, MIN_LR)
     schedule = LambdaLR(optimizer, lambda t: poly_lr(1.0, t, args.max_iters, floor))  # a factor of each group's own lr
     scaler = accelerator.grad_scaler()
+    warnings.filterwarnings("ignore", ".*lr_scheduler.step")  # it skips steps of fp16 that overflow, also the first
 
     # a new run, or the one of last.pt
     step_batch = args.batch_size * args.accum_steps
@@ -179,7 +181,7 @@ def validate(
 
 
 def prepare_batch(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """A batch of ``TrainDataset`` -> on the device: distorted, normalized images (B, 3, H, W), labels int64 (B, H, W)."""
+    """A batch of ``TrainDataset`` -> on the device: distorted, normalized images (B, 3, H, W), int64 labels (B, H, W)."""
     image, label, photometric = (x.to(accelerator.device, non_blocking=x.is_pinned()) for x in batch)
     return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 

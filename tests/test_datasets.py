@@ -196,8 +196,8 @@ def test_pixels_are_counted_by_class_and_sizes_are_medians(root, tmp_path, capsy
     )  # no bar
     sizes = [(2, 4), (6, 6), (90, 8)]
     a, b, c = (datasets.Sample(save(tmp_path / f"{h}.png", np.zeros((h, w))), None) for h, w in sizes)
-    assert datasets.image_size([c, a, b]) == [6, 6] and datasets.image_size([a, b, c], count=2) == [46, 6]
-    assert datasets.image_size([a, b] * 100) == datasets.image_size([a, b, b] * 67) == [2, 4]  # of about 100 images
+    assert datasets.median_size([c, a, b]) == [6, 6] and datasets.median_size([a, b, c], count=2) == [46, 6]
+    assert datasets.median_size([a, b] * 100) == datasets.median_size([a, b, b] * 67) == [2, 4]  # of about 100 images
 
 
 def test_crop_depends_only_on_seed_epoch_and_index(data):

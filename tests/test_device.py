@@ -142,7 +142,7 @@ def test_cuda_takes_bf16_where_the_card_has_it(monkeypatch, capability, dtype):
     monkeypatch.setattr(device, "CudaGraph", lambda function, card: (function, card.type))
     accelerator = Accelerator("cuda")
     assert accelerator.amp and accelerator.amp_dtype == dtype and accelerator.memory_format == torch.channels_last
-    assert accelerator.spec.backend == "nccl" and accelerator.spec.compiler == "inductor"
+    assert accelerator.spec.backend == "nccl" and accelerator.spec.compilers == ("inductor",)
     assert accelerator.graph(min) == (min, "cuda") and Accelerator("cpu").graph(min) is min
     assert Accelerator("cuda", amp_dtype="fp16").amp_dtype == torch.float16
 
@@ -169,9 +169,11 @@ def test_fp32_is_exact_on_a_card_too(monkeypatch, amp):
 
 
 def test_several_processes_wrap_the_model_for_their_device(sdaa, monkeypatch):
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, device_ids, **_: device_ids)
+    monkeypatch.setattr(
+        torch.nn.parallel, "DistributedDataParallel", lambda _, **options: types.SimpleNamespace(**options)
+    )
     cpu, sdaa, model = Accelerator("cpu"), Accelerator("sdaa"), torch.nn.Sequential(torch.nn.BatchNorm2d(1))
-    assert (cpu.wrap_ddp(model), sdaa.wrap_ddp(model)) == (None, [1])
+    assert [x.wrap_ddp(model).device_ids for x in (cpu, sdaa)] == [None, [1]]
     assert "2 x cpu" in str(cpu) and str(sdaa) == "2 x sdaa (fake), autocast torch.float16"
     assert type(sdaa.convert_sync_bn(model)[0]) is SyncBatchNorm2d
     sdaa.device.type = "cuda"
@@ -207,7 +209,7 @@ def test_one_process_needs_no_process_group(capsys):
     model = torch.nn.BatchNorm2d(1)
     assert accelerator.wrap_ddp(model) is model and type(accelerator.convert_sync_bn(model)) is torch.nn.BatchNorm2d
     assert accelerator.is_main and accelerator.world_size == 1
-    assert accelerator.sum(torch.tensor([3.0, 4.0])).tolist() == [3, 4]
+    assert accelerator.sum_over_ranks(torch.tensor([3.0, 4.0])).tolist() == [3, 4]
     assert accelerator.broadcast({"iter": 3}) == {"iter": 3}
     assert accelerator.any(True) and not accelerator.any(False)
     accelerator.barrier()

@@ -95,7 +95,7 @@ def test_legend_has_the_colors_of_the_classes_in_rows_that_are_about_equally_lon
 def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
     confusion = ConfusionMatrix(19)
     confusion.update(torch.tensor([0, 0, 0, 0, 13]), torch.tensor([0, 0, 0, 13, 13]))
-    plots.save_scores(tmp_path / "scores.png", confusion, CITYSCAPES)
+    plots.save_scores(tmp_path / "scores.png", confusion, CITYSCAPES, "iteration 4")
     bars, matrix, color_bar = figures["scores.png"].axes
     widths = [{0: 75, 13: 50}.get(k, 0) for k in range(19)]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx(widths)
@@ -109,10 +109,11 @@ def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
     assert shares == {(0, 0): "75", (13, 0): "25", (13, 13): "100"} and np.ma.getmaskarray(shown(matrix))[1].all()
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("prediction", "label")
     assert matrix.images[0].get_clim() == color_bar.get_ylim() == (0, 100)
-    assert texts(figures["scores.png"].texts) == ["last.pt"]
+    assert texts(figures["scores.png"].texts) == ["iteration 4"]
     confusion = ConfusionMatrix(60)
     confusion.update(torch.arange(60), torch.arange(60))
-    plots.save_scores(tmp_path / "many.png", confusion, ClassTable([Label(str(k), k, k, (k, k, k)) for k in range(60)]))
+    many = ClassTable([Label(str(k), k, k, (k, k, k)) for k in range(60)])
+    plots.save_scores(tmp_path / "many.png", confusion, many, "")
     assert 12 <= figures["many.png"].get_figheight() < 40 and not figures["many.png"].axes[1].texts
 
 
@@ -161,7 +162,7 @@ def test_curves_are_those_of_the_logs(tmp_path, figures):
 def test_the_figures_of_a_run_are_drawn_from_its_log_its_data_and_its_scores(tmp_path, figures, data):
     write(tmp_path / "run/log.jsonl", VAL)
     dataset, logits = EvalDataset(find_samples(data, "val"), CITYSCAPES), torch.zeros(1, 19, 128, 256)
-    plots.draw_run(tmp_path / "run", lambda image: (logits, logits), dataset, ConfusionMatrix(19))
+    plots.draw_run(tmp_path / "run", lambda image: (logits, logits), dataset, ConfusionMatrix(19), "iteration 4")
     assert [(name, len(figure.axes)) for name, figure in figures.items()] == [
         ("curve.png", 3), ("samples.png", 20), ("scores.png", 3),
     ]  # fmt: skip

@@ -197,16 +197,16 @@ def test_evaluation_counts_every_pixel_once_and_averages_the_criterion(data):
         means.append(label.float().mean())
         return means[-1], None
 
-    confusion, loss = evaluate(by_red, dataset, 19, CPU, criterion=criterion)
+    confusion, loss = evaluate(by_red, dataset, CPU, criterion=criterion)
     expected = ConfusionMatrix(19)
     for image, label in dataset:
         expected.update(label, image[0] % 19)
     assert torch.equal(confusion.counts, expected.counts) and confusion.counts.sum() > 100_000
     assert len(means) == 5 and loss == pytest.approx(sum(means).item() / 5)
-    assert evaluate(by_red, dataset, 19, CPU)[1] == 0
+    assert evaluate(by_red, dataset, CPU)[1] == 0
     dataset.table = ClassTable([label._replace(train_id=0 if label.id < 0 else 255) for label in CITYSCAPES.labels])
     with pytest.raises(InputError, match=f"^{dataset.samples[0].label} "):
-        evaluate(by_red, dataset, 19, CPU)
+        evaluate(by_red, dataset, CPU)
 
 
 def test_scores_are_summarized_and_printed(capsys):

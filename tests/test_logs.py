@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from ocrnet import InputError
-from ocrnet.logs import Log, compare_losses, read_log, smooth, smoothing_window, trim_log
+from ocrnet.logs import Log, compare_losses, read_log, smooth, smoothing_window
+from ocrnet.run import trim_log
 
 TRAIN = {"split": "train", "iter": 50, "loss": 1.5, "lr": 0.01}
 VAL = {"split": "val", "iter": 100, "mIoU": 0.5, "IoU": {"road": 0.5}}

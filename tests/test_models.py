@@ -49,8 +49,8 @@ def test_config_builds_the_same_model():
 
 def test_defaults_of_heads_are_those_of_hrnet():
     with torch.device("meta"):
-        ocr, fcn = (build_model("tiny", head=head).head for head in ("ocr", "fcn"))
-        assert str(ocr) == str(OCRHead(30, 30, 19)) and str(fcn) == str(FCNHead(30, 19))
+        ocr, fcn = (build_model("hr18s", head=head).head for head in ("ocr", "fcn"))
+        assert str(ocr) == str(OCRHead(270, 270, 19)) and str(fcn) == str(FCNHead(270, 19))
         assert str(ocr.attention) == str(ObjectAttention())
         assert build_model("resnet", head="fcn").head.hidden[0].weight.shape == (512, 2048, 3, 3)
 

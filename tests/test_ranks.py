@@ -43,7 +43,7 @@ def exchange(accelerator, rank):
     """What ranks tell each other: int64 that float64 cannot hold, float64 that float32 cannot hold, objects, flags."""
     accelerator.host_group = None  # the process group was made without torchrun's environment
     floats = torch.tensor([1 + 2.0**-40, torch.nan], dtype=torch.float64)
-    sums = [accelerator.sum(x) for x in (torch.tensor([[2**53 + rank]]), floats)]
+    sums = [accelerator.sum_over_ranks(x) for x in (torch.tensor([[2**53 + rank]]), floats)]
     flags = [accelerator.any(value) for value in (False, rank == 1, True)]
     return *sums, accelerator.broadcast({"rank": rank}), flags
 

@@ -18,6 +18,7 @@ from ocrnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from ocrnet.data.classes import CITYSCAPES
 from ocrnet.data.datasets import TrainDataset
 from ocrnet.models import BACKBONES, HRNet, build_model
+from ocrnet.script import run_script
 
 # one process with the global batch of two
 TWO_AS_ONE = [*EIGHT_ITERATIONS, "--accum-steps=2", "--workers=0", "--resume"]
@@ -133,7 +134,7 @@ def test_a_validation_that_fails_has_the_status_of_a_signal_if_there_is_one(trai
 
     monkeypatch.setattr(train, "evaluate", interrupted)
     with pytest.raises(SystemExit if number else RuntimeError, match="143" if number else "worker"):
-        train_here("--max-iters", 1)
+        run_script(lambda: train_here("--max-iters", 1))
     assert load_checkpoint(tmp_path / "last.pt")["iter"] == 1
 
 

@@ -180,6 +180,7 @@ def test_each_seed_rank_and_iteration_has_its_dropout_and_one_rank_writes(train_
     seeds, flags = [], ["--max-iters", 2, "--seed"]
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(torch.distributed, name, lambda *args, **options: None)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 1)]))
     for rank, seed in ((0, 0), (0, 3), (1, 0)):
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 1}.items():
             monkeypatch.setenv(name, str(value))
@@ -226,12 +227,12 @@ RECIPE = dict(  # mmsegmentation's ocrnet_hr18_4xb2-40k_cityscapes-512x1024, and
     demo=False, data_path=Path("data/cityscapes"), output_dir=Path("runs/hr18"), model="hr18", head="ocr", weights=None,
     resume=False, max_iters=40_000, batch_size=2, accum_steps=1, lr=0.01, weight_decay=5e-4, crop_size=[512, 1024],
     scale_range=[0.5, 2.0], color_jitter=True, class_weights=None, seed=0, device=None, amp=None, amp_dtype=None,
-    compile=False, workers=3, val_every=4000, save_every=4000, log_every=50,
+    compile=False, workers=3, val_every=4000, save_every=500, log_every=50,
 )  # fmt: skip
 DEMO = dict(
     demo=True, data_path=Path("data/synthetic"), output_dir=Path("runs/demo"), model="hr18t", max_iters=1000, lr=0.2,
     batch_size=4, weight_decay=2e-3, crop_size=[96, 192], scale_range=[1.0, 1.0], color_jitter=False, workers=1,
-    val_every=500, save_every=500, log_every=25,
+    val_every=500, save_every=500, log_every=25, resume=True,
 )  # fmt: skip
 FCN = dict(model="r50", head="fcn", amp=False, output_dir=Path("runs/r50-fcn"))
 OUT_OF_RANGE = (

@@ -18,6 +18,8 @@ from ocrnet.data.classes import CITYSCAPES, read_classes
 from ocrnet.data.datasets import find_samples, read_label
 from ocrnet.device import Accelerator
 
+NAMES = ["road", "building", "pole", "vegetation", "sky", "person", "car"]  # of exercises/classes.json
+
 
 def test_two_ranks_score_five_images_as_one_does(script, main, trained, data, tmp_path):
     flags = ["--ckpt", trained / "last.pt", "--data-path", data, "--device", "cpu"]
@@ -136,19 +138,16 @@ def test_scores_are_not_written_over_something_else(script, main, tmp_path):
     assert error_of(done).startswith(f"error: {tmp_path / 'x.json'}: ")
 
 
-NAMES = ["road", "building", "pole", "vegetation", "sky", "person", "car"]
-
-
 @pytest.fixture(scope="module")
 def categories(main, data, tmp_path_factory):
     """A data set whose classes are seven groups of Cityscapes', in which a backbone was trained without OCR."""
     root = tmp_path_factory.mktemp("categories")
     shutil.copytree(data, root, dirs_exist_ok=True)
     shutil.copy(ROOT / "tests/exercises/classes.json", root)
-    flags = [*RUN, "--workers", 0, "--max-iters", 1, "--head", "fcn"]
+    flags = [*RUN, "--workers", 0, "--max-iters", 1, "--head", "fcn", "--data-path", root, "--output-dir", root / "run"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_run", lambda *args: None)
-        main("train.py", *flags, "--data-path", root, "--output-dir", root / "run")
+        main("train.py", *flags)
     return root
 
 

@@ -14,12 +14,11 @@ from PIL import Image
 from test_logs import VAL, write
 from torch import nn
 
-from ocrnet import InputError, plots
+from ocrnet import InputError, explain, plots
 from ocrnet.data.classes import CITYSCAPES, ClassTable, Label
 from ocrnet.data.datasets import EvalDataset, find_samples
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import Accelerator
-from ocrnet.explain import draw_relation, draw_representations, explain, explain_images, most_confident_pixels
 from ocrnet.inference import make_forward
 from ocrnet.logs import Log
 from ocrnet.metrics import ConfusionMatrix
@@ -32,7 +31,7 @@ IMAGE = torch.randint(0, 256, (3, 65, 98), dtype=torch.uint8, generator=torch.Ge
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that would be saved, by the names of their files."""
+    """The figures that would be saved, by the names of their files. All are closed in the end."""
     figures = {}
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.update({path.name: figure}))
     yield figures
@@ -47,7 +46,7 @@ def shown(axis):
     return axis.images[0].get_array()
 
 
-def test_axes_have_the_shape_of_the_image_at_most_twice_as_tall_as_wide():
+def test_axes_have_the_shape_of_the_image_at_most_twice_as_tall_as_wide(figures):
     for height, inches in ((10, 2 * (1.5 + 0.2) + 0.5), (90, 2 * (6 + 0.2) + 0.5)):
         figure, axes = image_axes(np.zeros((height, 20, 3)), 2, 3, width=3.0, margin=0.5, title=0.2)
         assert figure.get_size_inches().tolist() == pytest.approx([9, inches])
@@ -64,32 +63,29 @@ def test_figures_are_written_without_a_screen_at_100_pixels_an_inch_and_closed(t
     assert Image.open(tmp_path / "a/b/x.png").size == (200, 100) and not plt.fignum_exists(figure.number)
 
 
-def test_matrix_shows_its_numbers_at_their_places():
-    figure, axis = plt.subplots()
+def test_matrix_shows_its_numbers_at_their_places(figures):
+    _, axis = plt.subplots()
     values = np.array([[0.5, 2.0, 1.21], [0.009, np.nan, 0.01]])
     image = draw_matrix(axis, values, ["a", "b"], ["c", "d", "e"], 2, "{:.2f}", "magma")
-    numbers = {text.get_position(): (text.get_text(), text.get_color()) for text in axis.texts}
-    assert numbers == {  # dark on the light colors of large values
-        (0, 0): (".50", "white"), (1, 0): ("2.00", "black"), (2, 0): ("1.21", "black"), (2, 1): (".01", "white"),
-    }  # fmt: skip
-    assert all((text.get_ha(), text.get_va()) == ("center", "center") for text in axis.texts)
+    assert [(*text.get_position(), text.get_text(), text.get_color(), text.get_ha()) for text in axis.texts] == [
+        (0, 0, ".50", "white", "center"), (1, 0, "2.00", "black", "center"), (2, 0, "1.21", "black", "center"),
+        (2, 1, ".01", "white", "center"),
+    ]  # fmt: skip
     assert texts(axis.get_xticklabels()) == ["c", "d", "e"] and texts(axis.get_yticklabels()) == ["a", "b"]
     assert np.array_equal(image.get_array(), values, equal_nan=True) and image.get_clim() == (0, 2)
-    plt.close(figure)
 
 
-def test_legend_has_the_colors_of_the_classes_in_rows_that_are_about_equally_long():
+def test_legend_has_the_colors_of_the_classes_in_rows_that_are_about_equally_long(figures):
     figure, narrow = plt.figure(figsize=(13, 3)), plt.figure(figsize=(1, 3))
     class_legend(figure, [*range(11), 255], CITYSCAPES)  # eight fit in a row
     (legend,) = figure.legends
-    colors = [patch.get_facecolor()[:3] for patch in legend.get_patches()]
-    np.testing.assert_allclose(colors, CITYSCAPES.palette[:11] / 255)
+    colors = np.array([patch.get_facecolor()[:3] for patch in legend.get_patches()])
     figure.draw_without_rendering()
     rows = Counter(round(text.get_window_extent().y0) for text in legend.get_texts())
     assert texts(legend.get_texts()) == NAMES[:11] and sorted(rows.values()) == [5, 6]
+    np.testing.assert_allclose(255 * colors, CITYSCAPES.palette[:11])
     class_legend(narrow, range(2), CITYSCAPES), class_legend(narrow, [], CITYSCAPES)
     assert figure.get_figheight() == narrow.get_figheight() == pytest.approx(3.2)  # two rows
-    plt.close("all")
 
 
 def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
@@ -131,8 +127,8 @@ def test_samples_show_label_predictions_and_errors(tmp_path, figures, outputs):
     for axis, expected in zip(axes, [*(image, *maps), *(tall, *maps), *(image, *maps)], strict=True):
         assert np.array_equal(shown(axis), expected) and axis.images[0].get_interpolation() == "nearest"
     names = ["image", "label", "final", *["auxiliary"][: outputs - 1], "errors"]
-    assert [axis.get_title().split(maxsplit=1)[0].strip(",") for axis in axes[: len(names)]] == names
-    assert not any(axis.get_title() for axis in axes[len(names) :])
+    titles = [axis.get_title().partition(" ")[0].strip(",") for axis in axes]
+    assert titles == [*names, *[""] * 2 * len(names)]  # above the first row
     assert figures["x.png"].get_figheight() > 3 * 6 and texts(legend.get_texts()) == NAMES[:9]
 
 
@@ -190,7 +186,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def explanation(model):
-    return explain(model, IMAGE, CPU)
+    return explain.explain(model, IMAGE, CPU)
 
 
 def test_explanation_is_what_the_network_computes_also_in_mixed_precision(model, explanation):
@@ -208,7 +204,7 @@ def test_explanation_is_what_the_network_computes_also_in_mixed_precision(model,
         y = model.head.attention.rho(torch.einsum("dk,khw->dhw", v, w)[None])
         logits = model.resize(model.head.classifier(model.head.g(torch.cat([y, x], 1))), normalized)
         torch.testing.assert_close(final, logits[0].softmax(0))
-    for one, two in zip(explanation, explain(model, IMAGE, Accelerator("cpu", amp=True)), strict=True):
+    for one, two in zip(explanation, explain.explain(model, IMAGE, Accelerator("cpu", amp=True)), strict=True):
         assert two.dtype == torch.float32 and 0 < (one - two).norm() < 0.3 * one.norm()
     pickle.dumps(model.head)  # as before: nothing is left in it that has no name
 
@@ -219,11 +215,11 @@ def explained(model, tmp_path_factory):
     folder, figures = tmp_path_factory.mktemp("images"), {}
     Image.fromarray(IMAGE.permute(1, 2, 0).numpy()).save(folder / "a.png")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ocrnet.explain.save_figure", lambda figure, path: figures.update({path: figure}))
-        explain_images(model, {folder / "a.png": Path("city/b")}, folder / "out", CITYSCAPES, CPU)
-        explain_images(model, {folder / "a.png": Path("b")}, folder / "small", CITYSCAPES, CPU, long_side=70)
+        patch.setattr(explain, "save_figure", lambda figure, path: figures.update({path: figure}))
+        explain.explain_images(model, {folder / "a.png": Path("city/b")}, folder / "out", CITYSCAPES, CPU)
+        explain.explain_images(model, {folder / "a.png": Path("b")}, folder / "small", CITYSCAPES, CPU, long_side=70)
         with pytest.raises(InputError, match=f"^{folder}: "):  # among the images
-            explain_images(model, {folder / "a.png": Path("b")}, folder, CITYSCAPES, CPU)
+            explain.explain_images(model, {folder / "a.png": Path("b")}, folder, CITYSCAPES, CPU)
     yield {str(path.relative_to(folder)): figure for path, figure in figures.items()}
     plt.close("all")
 
@@ -239,6 +235,9 @@ def test_regions_are_shown_in_multiples_of_the_mean_weight(explained, explanatio
         np.testing.assert_allclose(shown(axis), (weights * weights.numel()).clip(min=0.01), rtol=1e-5)
         assert axis.images[0].norm([0.01, 1, 100, 1e4]).tolist() == pytest.approx([0, 0.5, 1, 1])  # 1/N half way
         assert axis.get_title() == name and axis.images[0].get_interpolation() == "nearest"
+    ten = ClassTable(label for label in CITYSCAPES.labels if label.train_id < 10)
+    axes = explain.draw_regions(np.zeros((1, 1, 3)), np.ones((10, 1, 1)), ten).axes
+    assert [axis.get_title() for axis in axes[1:11]] == NAMES[:10] and len(axes) == 16
 
 
 def test_representations_are_compared_by_their_cosines(explained, explanation):
@@ -247,7 +246,7 @@ def test_representations_are_compared_by_their_cosines(explained, explanation):
     np.testing.assert_allclose(shown(axis), expected, rtol=1e-5)
     assert axis.images[0].get_clim() == bar.get_ylim() == (0, 1)
     assert texts(axis.get_xticklabels()) == texts(axis.get_yticklabels()) == NAMES
-    assert not shown(draw_representations(np.zeros((19, 4)), CITYSCAPES).axes[0]).any()  # no nan
+    assert not shown(explain.draw_representations(np.zeros((19, 4)), CITYSCAPES).axes[0]).any()  # no nan
 
 
 def test_relation_is_that_of_the_most_confident_pixels(explained, explanation):
@@ -268,32 +267,28 @@ def test_relation_is_that_of_the_most_confident_pixels(explained, explanation):
     assert bar.lines[0].get_ydata() == pytest.approx([1 / 19] * 2) and bar.texts[0].get_position()[1] == 1 / 19
 
 
-def test_relation_is_shown_in_colors_that_fit_its_values():
+def test_relation_is_shown_in_colors_that_fit_its_values(figures):
     final, w = np.arange(19)[None].repeat(8, axis=0), np.full((19, 4, 4), 1 / 19)
     for largest, top in ((1 / 19, 2 / 19), (0.8, 0.8)):  # 1/K is half way at most
         w[7, 0, 3] = largest
-        figure = draw_relation(np.zeros((8, 19, 3)), w, final, np.ones((8, 19)), CITYSCAPES)
+        figure = explain.draw_relation(np.zeros((8, 19, 3)), w, final, np.ones((8, 19)), CITYSCAPES)
         assert figure.axes[1].images[0].get_clim() == pytest.approx((0, top)) and figure.get_figheight() > 0.36 * 19
-    assert draw_relation(np.zeros((8, 19, 3)), w, 0 * final, final / 19, CITYSCAPES).get_figheight() < 0.36 * 19
-    plt.close("all")
+    assert explain.draw_relation(np.zeros((8, 19, 3)), w, 0 * final, final / 19, CITYSCAPES).get_figheight() < 0.36 * 19
 
 
 def test_segmentations_are_shown_with_what_changed_and_how_sure_it_is(explained, explanation):
-    figure = explained["out/city/b_4_segmentations.png"]
+    *axes, bar = explained["out/city/b_4_segmentations.png"].axes
     aux, final, confidence = explanation.aux.argmax(0), explanation.final.argmax(0), explanation.final.amax(0)
     changed, colors = (aux != final).numpy(), CITYSCAPES.palette[final]
     images = (CITYSCAPES.palette[aux], colors, np.where(changed[:, :, None], colors, 255), confidence)
     titles = ("auxiliary", "final", f"{changed.mean():.1%}", f"{confidence.mean():.2f}")
-    for axis, expected, title in zip(figure.axes, images, titles):
+    for axis, expected, title in zip(axes, images, titles, strict=True):
         np.testing.assert_allclose(shown(axis), expected)
         assert title in axis.get_title() and axis.images[0].get_interpolation() == "nearest"
-    assert 0 < changed.mean() < 1 and figure.axes[3].images[0].get_clim() == figure.axes[4].get_ylim() == (0, 1)
-    predicted = torch.cat([aux, final]).unique()
-    assert texts(figure.legends[0].get_texts()) == [NAMES[k] for k in predicted]
+    assert 0 < changed.mean() < 1 and axes[3].images[0].get_clim() == bar.get_ylim() == (0, 1)
+    assert texts(bar.figure.legends[0].get_texts()) == [NAMES[k] for k in torch.cat([aux, final]).unique()]
 
 
-def test_most_confident_pixel_of_each_class_is_chosen():
-    final, confidence = np.array([[3, 3, 7], [3, 7, 7]]), np.array([[0.2, 0.9, 0.3], [0.5, 0.8, 0.4]])
-    assert most_confident_pixels(final, confidence) == [(1, 0), (1, 1)]
-    assert most_confident_pixels(np.array([[5, 5, 1, 2, 2]]), np.ones((1, 5)), count=2) == [(3, 0), (0, 0)]
-    assert len(most_confident_pixels(np.arange(50)[None], np.ones((1, 50)))) == 20
+def test_of_many_classes_the_frequent_ones_have_a_pixel():
+    assert explain.most_confident_pixels(np.array([[5, 5, 1, 2, 2]]), np.ones((1, 5)), count=2) == [(3, 0), (0, 0)]
+    assert len(explain.most_confident_pixels(np.arange(50)[None], np.ones((1, 50)))) == 20

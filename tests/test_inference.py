@@ -189,8 +189,7 @@ def test_every_rank_takes_its_share_and_the_first_writes_the_legend(tmp_path, mo
 
 @pytest.mark.filterwarnings("error")
 def test_evaluation_counts_every_pixel_once_and_averages_the_criterion(data):
-    dataset = EvalDataset(find_samples(data, "val"), CITYSCAPES)
-    means = []
+    dataset, means = EvalDataset(find_samples(data, "val"), CITYSCAPES), []
 
     def criterion(outputs, label):
         assert outputs[0].shape[-2:] == label.shape[-2:] and label.dtype == torch.int64

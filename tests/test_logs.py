@@ -20,7 +20,6 @@ VAL = {"split": "val", "iter": 100, "mIoU": 0.5, "IoU": {"road": 0.5}}
 MMENGINE = """\
     OpenCV: 4.7.0
     loss: 3
-{"a": 1}
 2024/05/01 09:58:00 - mmengine - INFO - Iter(val) [500/500]    mIoU: 1.5000
 05/01 09:59:00 - mmengine - \x1b[4m\x1b[32mINFO\x1b[0m - Iter(train) [ 1/40000]  lr: 1e-02  loss: 2.5
 2024/05/01 10:00:00 - mmengine - INFO - Iter(train) [ 50/40000]  lr: 9.9891e-03  eta: 5:23:11  loss: 1.9000  aux: 3.1
@@ -67,10 +66,8 @@ def test_log_of_mmengine_is_read(tmp_path):
 
 def test_file_that_is_not_a_log_is_named(tmp_path):
     for content in (None, "", "hello\n", "{}\n{\n"):
-        if content is not None:
-            write(tmp_path / "log.jsonl", content)
         with pytest.raises(InputError, match=f"^{tmp_path / 'log.jsonl'}: "):
-            read_log(tmp_path)
+            read_log(tmp_path if content is None else write(tmp_path / "log.jsonl", content))
 
 
 def test_a_loss_that_is_not_finite_leaves_a_gap_only():
@@ -138,6 +135,7 @@ def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys)
         ([1.049, 1.049], [1, 1], True), ([1.051, 1.051], [1, 1], False), (NAN, LOSSES, False), (NAN, NAN, False),
         ([0.6, 0.6], [1, 1], False), ([1.2, 0.8], [1, 1], False),  # whose signed means pass
         ([1.19e-3] * 2, [1e-3] * 2, True), ([1.21e-3] * 2, [1e-3] * 2, False),
+        ([1] * 20 + NAN[:1] + [1] * 3, [1] * 24, False),  # the means of two entries are finite
         ([1 / i for i in range(1, 51)], [1 / i for i in range(1, 201)], True),  # its own first part
     ],
 )  # fmt: skip

@@ -181,7 +181,7 @@ def validate(
 
 
 def prepare_batch(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """A batch of ``TrainDataset`` -> on the device: distorted, normalized images (B, 3, H, W), int64 labels (B, H, W)."""
+    """A batch of ``TrainDataset`` -> distorted, normalized images (B, 3, H, W) and int64 labels (B, H, W)."""
     image, label, photometric = (x.to(accelerator.device, non_blocking=x.is_pinned()) for x in batch)
     return preprocess(image, photometric).contiguous(memory_format=accelerator.memory_format), label.long()
 

@@ -23,6 +23,7 @@ def sdaa(monkeypatch):
         is_available=lambda: True,
         device_count=lambda: 2,
         set_device=lambda index: calls.append(("set_device", index)),
+        get_device_name=lambda index: "fake",
         manual_seed_all=lambda seed: calls.append(("seed", seed)),
         amp=types.SimpleNamespace(GradScaler=lambda enabled: calls.append(("GradScaler", enabled))),
     )
@@ -74,7 +75,7 @@ def test_sdaa_seeds_its_generators_and_needs_no_loss_scaling_of_its_own(sdaa):
     accelerator = Accelerator("sdaa")
     accelerator.manual_seed(5)
     assert sdaa[-1] == ("seed", 5) and torch.initial_seed() == 5
-    del torch.sdaa.amp
+    del torch.sdaa.amp, torch.sdaa.get_device_name
     assert isinstance(accelerator.grad_scaler(), torch.amp.GradScaler)
     with Accelerator("sdaa", amp=False).autocast():  # torch.autocast("sdaa") would need functions of the package
         pass

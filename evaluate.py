@@ -35,6 +35,8 @@ def main() -> None:
     model, table = load_model(args.ckpt)
     if model.about and not args.images:
         accelerator.print0(f"{args.ckpt}: {model.about}")
+    if model.entry not in ("", "model", "state_dict"):
+        accelerator.print0(f"{args.ckpt}: weights of {model.entry!r}")
     if not args.images and not args.data_path.is_dir():
         raise InputError(f"--data-path {args.data_path}: expected the folder of a data set, found none")
     if not args.images or not table:

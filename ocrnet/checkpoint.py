@@ -18,7 +18,7 @@ from . import InputError
 from .data.classes import CITYSCAPES, ClassTable, classes_from_meta
 from .files import atomic_write
 from .models import OCRNet, build_model
-from .models.weights import build_from_checkpoint, check_finite, read_file
+from .models.weights import build_from_weights, check_finite, find_tensors, read_file, rename
 
 
 def to_cpu(state: Any) -> Any:
@@ -54,7 +54,7 @@ def load_checkpoint(path: Path) -> dict:
         InputError: the file cannot be read, or holds no run.
     """
     state = read_file(path)
-    if not isinstance(state, dict) or not {"model", "config", "optimizer"} <= state.keys():
+    if not isinstance(state, dict) or not {"model", "config", "optimizer", "iter", "settings"} <= state.keys():
         raise InputError(f"{path}: expected the last.pt of a run; start from other weights with --weights")
     return state
 
@@ -81,16 +81,21 @@ def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
     """The model of a file or of a name of hub.py in evaluation mode, and its classes if the file has them.
 
     Accepts checkpoints of this project, and whole OCRNets of mmsegmentation and of the authors. The model's
-    ``long_side`` is the longer side of its training images (0: unknown), ``about`` the file's text of that name or "".
+    ``long_side`` is the longer side of its training images (0: unknown), ``entry`` the entry of the file with its
+    weights (averaged ones are preferred), ``about`` the file's text of that name or "".
     """
     state = read_file(source)
-    if isinstance(state, dict) and {"model", "config"} <= state.keys():
+    entry, tensors = find_tensors(state, source)
+    if {"model", "config"} <= state.keys():
+        if entry != "model":
+            ours = {rename(name): x for name, x in tensors.items()}
+            state["model"] = {name: ours[name] for name in state["model"].keys() & ours.keys()}
         table = ClassTable.from_rows(state["classes"], str(source)) if "classes" in state else None
         model = restore_model(state, source)
         model.long_side = max(state.get("size", [0]))
     else:
-        model, table = build_from_checkpoint(state, source), classes_from_meta(state, str(source))
+        model, table = build_from_weights(state, source), classes_from_meta(state, str(source))
         is_cityscapes = model.config["num_classes"] == len(CITYSCAPES) and table in (None, CITYSCAPES)
         model.long_side = 2048 if is_cityscapes else 0
-    model.about = str(state.get("about", ""))
+    model.about, model.entry = str(state.get("about", "")), entry
     return model.eval(), table

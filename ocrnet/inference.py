@@ -30,18 +30,22 @@ def make_forward(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     slide: tuple[int, int] | None = None,
-    long_side: int = 0,
+    long_side: int | None = None,
 ) -> Forward:
     """How scores, colored images and exports see images: raw images (B, 3, H, W) of any size -> outputs on the device.
 
-    One forward pass gives the model's outputs. Several give one output: the mean of their softmaxes, float32.
+    One forward pass gives the model's outputs, in the accelerator's precision. Several give one output: the mean of
+    their softmaxes, float32. Classes are train ids; ``ClassTable.ids`` has the label ids. On CUDA the next call
+    overwrites the outputs.
 
     Args:
         scales: multi-scale inference: also images resized by these factors.
         flip: also horizontally flipped images.
         slide: (h, w) of a sliding window. None for the whole image.
         long_side: pixels; images are resized so that their longer side has as many, and outputs back. 0: not resized.
+            None: ``model.long_side``, that of its training images, which ``load_model`` sets.
     """
+    long_side = getattr(model, "long_side", 0) if long_side is None else long_side
 
     @accelerator.graph
     def network(x: Tensor) -> tuple[Tensor, ...]:

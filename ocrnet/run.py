@@ -17,17 +17,8 @@ from .logs import parse_json_line
 
 # Settings that a resumed run must have in common with its checkpoint. Others may differ, which is printed.
 MUST_MATCH = (
-    "model",
-    "head",
-    "classes",
-    "train_images",
-    "global_batch",
-    "max_iters",
-    "seed",
-    "weights",
-    "optimizer",
-    "schedule",
-)
+    "model", "head", "classes", "train_images", "global_batch", "max_iters", "seed", "weights", "optimizer", "schedule"
+)  # fmt: skip
 
 
 class Run:
@@ -67,7 +58,7 @@ class Run:
         Args:
             settings: the flags and what else is compared on resume. Differences are printed.
             parts: entry of a checkpoint -> a plain value, or an object with a ``state_dict``. The model is restored
-                already, and optimizer and schedule keep the settings of the flags, such as the learning rate.
+                already. Optimizer and schedule keep the settings of the flags, such as the learning rate.
 
         Raises:
             InputError: a setting of ``MUST_MATCH``, the optimizer or the schedule differs.
@@ -86,11 +77,14 @@ class Run:
             for name in parts.keys() - {"model", "optimizer", "schedule"}:
                 if hasattr(parts[name], "load_state_dict") and self.checkpoint.get(name):
                     parts[name].load_state_dict(self.checkpoint[name])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no step of the optimizer came before
-            for _ in range(self.iteration):
-                schedule.step()
-        self.checkpoint = None  # frees its memory
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no step of the optimizer came before
+                for _ in range(self.iteration):
+                    schedule.step()
+            before, now = self.checkpoint.get("schedule", {}).get("_last_lr"), schedule.get_last_lr()
+            if before not in (None, now):
+                self.accelerator.print0(f"NOTE: the learning rate is {now}, it was {before}")
+            self.checkpoint = None  # frees its memory
         if self.accelerator.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             trim_log(self.log_path, self.iteration, self.validated)

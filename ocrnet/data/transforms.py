@@ -116,10 +116,10 @@ def preprocess(image: Tensor, photometric: Tensor | None = None) -> Tensor:
         photometric: parameters (B, 5) of ``sample_photometric``, applied before the normalization.
 
     Raises:
-        InputError: the number of channels is another.
+        InputError: the number of channels is another, or there are no images.
     """
-    if image.shape[1] != len(MEAN):
-        raise InputError(f"expected images of {len(MEAN)} channels, as MEAN and STD have, found {image.shape[1]}")
+    if image.ndim != 4 or image.shape[1] != len(MEAN) or not len(image):
+        raise InputError(f"expected images (B, {len(MEAN)}, H, W), channels as in MEAN, found {tuple(image.shape)}")
     x = image.float()
     if photometric is not None:
         x = photometric_distortion(x, photometric)

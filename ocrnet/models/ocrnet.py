@@ -149,6 +149,8 @@ def build_model(
     )
     if name not in BACKBONES:
         raise InputError(f"--model: expected one of {', '.join(BACKBONES)}, found {name!r}")
+    if num_classes < 2:
+        raise InputError(f"num_classes: expected 2 or more, found {num_classes}")
     if head not in HEADS:
         raise InputError(f"--head: expected one of {', '.join(HEADS)}, found {head!r}")
     backbone = BACKBONES[name]()

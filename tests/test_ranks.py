@@ -29,7 +29,7 @@ def batches(sizes, dtype):
 
 def forward_backward(cls, x, dy):
     """y, dx, the parameters' gradients, the state and then y in evaluation, in fp64, or for bf16 under autocast."""
-    bn = cls(3).to(torch.promote_types(x.dtype, torch.float32))
+    bn = cls(3, eps=0.01, momentum=0.3).to(torch.promote_types(x.dtype, torch.float32))
     bn.weight.data.copy_(torch.tensor([0.5, 1, 2]))
     bn.bias.data.copy_(torch.tensor([1, 0, -1]))
     x.requires_grad_()
@@ -49,27 +49,31 @@ def exchange(accelerator, rank):
 
 
 def run_rank(rank, folder):
-    """What a process does: save ``forward_backward`` of its images in each case, and ``exchange``."""
+    """What a process does: save ``forward_backward`` of its images, and ``exchange``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     of_bn = [forward_backward(SyncBatchNorm2d, *batches(*case)[rank]) for case in CASES]
-    torch.save([*of_bn, exchange(Accelerator("cpu"), rank)], folder / f"{rank}.pt")
+    messages = exchange(Accelerator("cpu"), rank)
+    torch.Tensor.is_cpu = False  # statistics are computed as on other devices
+    on_device = forward_backward(SyncBatchNorm2d, *batches(*CASES[0])[rank])
+    torch.save([*of_bn, messages, on_device], folder / f"{rank}.pt")
     time.sleep(0.2)  # see Accelerator.close
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    """The results of two processes, in pairs: of each case, and of ``exchange``."""
+    """The results of two processes, in pairs: of each case, of ``exchange``, and of the first case as on a device."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.start_processes(run_rank, (folder,), nprocs=2, start_method="forkserver")
     return list(zip(*(torch.load(folder / f"{rank}.pt") for rank in (0, 1))))
 
 
-def test_sync_bn_is_batch_norm_of_the_joined_batch(of_ranks):
+@pytest.mark.parametrize("part", [0, 3], ids=["cpu", "as on a device"])
+def test_sync_bn_is_batch_norm_of_the_joined_batch(of_ranks, part):
     x, dy = (torch.cat(tensors) for tensors in zip(*batches(*CASES[0])))
     expected = forward_backward(nn.BatchNorm2d, x, dy)
-    ys, dxs, gradients, states, evaluated = zip(*of_ranks[0])
+    ys, dxs, gradients, states, evaluated = zip(*of_ranks[part])
     found = torch.cat(ys), torch.cat(dxs), sum(gradients), states[0], torch.cat(evaluated)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)  # so that ranks never differ

@@ -4,8 +4,9 @@ A checkpoint holds CPU tensors and plain Python only:
 
 {"model": state_dict, "config": arguments of build_model, "classes": rows of classes.json,
  "size": [H, W], the medians of the training images, to which evaluate.py brings photos,
+ "about": a line that evaluate.py prints, in files that are published,
  "iter": optimizer steps, "validated": iteration of the last validation, "best": best mIoU, "optimizer": state_dict,
- "scaler": state_dict, "settings": the flags of train.py and what else a resumed run is compared with}
+ "schedule": state_dict, "scaler": state_dict, "settings": the flags of train.py and what else is compared on resume}
 """
 
 import os

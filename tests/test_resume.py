@@ -225,7 +225,13 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_is_finite(tmp_pa
     path, calls, fsync, replace = tmp_path / "last.pt", [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda part, to: calls.append((to, path.exists())) or replace(part, to))
-    state = {"model": {"x": torch.ones(9)}, "config": {}, "optimizer": [1, {"y": torch.ones(2)}], "iter": 1, "settings": {}}
+    state = {
+        "model": {"x": torch.ones(9)},
+        "config": {},
+        "optimizer": [1, {"y": torch.ones(2)}],
+        "iter": 1,
+        "settings": {},
+    }
     save_checkpoint(path, state)
     assert calls == [path.stat().st_size, (path, False)] and [*tmp_path.iterdir()] == [path]
     torch.testing.assert_close(load_checkpoint(path), state, rtol=0, atol=0)

@@ -171,7 +171,7 @@ class HRNet(nn.Module):
         width: C, the channels of branch 0 (18, 32, 40 or 48 in the paper).
         num_modules: HRModules in stages 2, 3 and 4.
         num_blocks: residual blocks in stage 1, and in each branch of an HRModule.
-        head_channels: C and D of OCRHead.
+        head_channels: channels and key_channels of OCRHead.
     """
 
     align_corners = False  # how maps are resized, see OCRNet.set_align_corners

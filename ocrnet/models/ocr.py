@@ -117,7 +117,7 @@ class OCRHead(nn.Module):
         region_in_channels: channels of the features for the soft object regions.
         in_channels: channels of the features for the pixel representations.
         num_classes: K.
-        reduction, kernel_size: the region head's hidden layer has region_in_channels / reduction channels.
+        reduction, kernel_size: of the region head's hidden layer, a convolution to region_in_channels / reduction.
         channels: C.
         key_channels: D.
         region_dropout, dropout: probability of dropping a channel before the region classifier and the final one.
@@ -169,7 +169,7 @@ class FCNHead(nn.Module):
     Args:
         in_channels: channels of the features.
         num_classes: K.
-        reduction, kernel_size: the hidden layer has in_channels / reduction channels.
+        reduction, kernel_size: of the hidden layer, a convolution to in_channels / reduction.
         dropout: probability of dropping a channel before the classifier.
     """
 

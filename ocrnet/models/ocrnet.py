@@ -15,7 +15,7 @@ one available as ``--model toy``:
     class Toy(nn.Module):
         out_channels = (48, 48)  # of the features for the regions and for the pixels
         reduction, kernel_size = 1, 1  # of the hidden layer of the heads, see OCRHead
-        head_channels = (64, 32)  # C and D of OCRHead
+        head_channels = (64, 32)  # channels and key_channels of OCRHead
         dropout = 0.0  # before the classifiers
         align_corners = False  # of a module that resizes, see OCRNet.set_align_corners
 

@@ -100,12 +100,12 @@ def read_file(source: Path | str, model: str | None = None) -> Any:
     except Exception as error:  # damaged bytes raise many types
         if url and not path.exists():  # torch.hub keeps no file with another hash
             raise InputError(f"{url}: {error}") from None
-        raise InputError(f"{path}: expected a file of torch.save, found {describe(path, error)}") from None
+        raise InputError(f"{path}: expected a file of torch.save, found {kind_of(path, error)}") from None
     finally:
         socket.setdefaulttimeout(before)
 
 
-def describe(path: Path, error: Exception) -> str:
+def kind_of(path: Path, error: Exception) -> str:
     """What a file holds that torch.load refused with ``error``."""
     with open(path, "rb") as file:
         start = file.read(24)

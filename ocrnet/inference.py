@@ -80,6 +80,11 @@ def make_forward(
     return forward
 
 
+def class_map(logits: Tensor) -> Tensor:
+    """(B, K, H, W) -> train ids (B, H, W). On a CPU 5 times as fast as argmax."""
+    return logits.max(dim=1).indices
+
+
 def scaled_size(size: Sequence[int], long_side: int) -> list[int]:
     """(H, W) in the same aspect, the longer side of ``long_side`` pixels."""
     return [max(round(side * long_side / max(size)), 1) for side in size]
@@ -185,7 +190,7 @@ def write_predictions(
     for path, name in rank_shard(list(images.items()), accelerator, "predicting"):
         image = read_image(path)
         logits = forward(to_tensor(image)[None])[0]
-        classes = logits.max(dim=1).indices[0].byte().cpu().numpy()  # (H, W); on a CPU 5 times as fast as argmax
+        classes = class_map(logits)[0].byte().cpu().numpy()  # (H, W)
         if export:
             save_png(labels[classes], export / f"{name}.png")
         if save:

@@ -70,8 +70,7 @@ class Run:
         del plain["resume"]  # which a run and those that resume it differ in
         self.settings, self.parts = plain | kinds, parts
         if self.checkpoint:
-            for note in check_resumable(self.checkpoint, self.settings, self.last):
-                self.accelerator.print0(f"NOTE: {note}")
+            self.compare(self.checkpoint["settings"])
             own = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": self.checkpoint["optimizer"]["state"], "param_groups": own})
             for name in parts.keys() - {"model", "optimizer", "schedule"}:
@@ -88,6 +87,15 @@ class Run:
         if self.accelerator.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             trim_log(self.log_path, self.iteration, self.validated)
+
+    def compare(self, saved: dict) -> None:
+        """Print the settings that differ from the ``saved`` ones; InputError for those of ``MUST_MATCH``."""
+        for name, now in self.settings.items():
+            before = saved.get(name, now)  # runs of earlier versions have fewer
+            if now != before and name in MUST_MATCH:
+                raise InputError(f"--resume: expected {name} {before} as in {self.last}, found {now}")
+            if now != before:
+                self.accelerator.print0(f"NOTE: {name} is {now}, it was {before}")
 
     def due(self, every: int) -> bool:
         """Whether the iteration is a multiple of ``every``, or the last one."""
@@ -106,15 +114,12 @@ class Run:
             lr, loss = self.settings["lr"], entry["loss"]
             raise InputError(f"--lr {lr}: the loss is {loss}: add --resume, and a lower --lr or --no-amp")
 
-    def save(self, name: str, **changed: Any) -> None:
-        """Write a checkpoint of the parts, of which some may be ``changed`` for this file."""
+    def save(self, name: str) -> None:
+        """Write a checkpoint of the parts and the progress."""
         if self.accelerator.is_main:
-            progress = {"iter": self.iteration, "validated": self.validated, "best": self.best}
-            state = {
-                key: part.state_dict() if hasattr(part, "state_dict") else part
-                for key, part in (self.parts | changed).items()
-            }
-            save_checkpoint(self.folder / name, state | {"settings": self.settings} | progress)
+            state = {key: x.state_dict() if hasattr(x, "state_dict") else x for key, x in self.parts.items()}
+            state |= {"iter": self.iteration, "validated": self.validated, "best": self.best, "settings": self.settings}
+            save_checkpoint(self.folder / name, state)
 
     def end(self, stopped: bool) -> None:
         """Wait until rank 0 has written everything, and print what there is."""
@@ -126,32 +131,18 @@ class Run:
             self.accelerator.print0(f"best mIoU {self.best:.2%}; wrote {self.folder}/: {files}")
 
 
-def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
-    """A sentence for each setting that differs between the checkpoint ``path`` and the run that resumes it.
-
-    Raises:
-        InputError: a setting of ``MUST_MATCH`` differs.
-    """
-    saved = settings | checkpoint["settings"]  # runs of earlier versions have fewer
-    different = [name for name in settings if settings[name] != saved[name]]
-    for name in MUST_MATCH:
-        if name in different:
-            raise InputError(f"--resume: expected {name} {saved[name]} as in {path}, found {settings[name]}")
-    return [f"{name} is {settings[name]}, it was {saved[name]}" for name in different]
-
-
 def trim_log(path: Path, iteration: int, validated: int) -> None:
     """Drop what a resumed run repeats: the entries after ``iteration``, the validations after ``validated``.
 
     Damaged lines go, too.
     """
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    text = path.read_text(errors="replace") if path.exists() else ""
 
     def is_kept(line: str) -> bool:
-        entry = parse_json_line(line) if line.endswith("\n") else {}
+        entry = parse_json_line(line)
         return entry.get("iter", math.inf) <= (validated if entry.get("split") == "val" else iteration)
 
-    kept = [line for line in lines if is_kept(line)]
-    if kept != lines:
+    kept = "".join(f"{line}\n" for line in text.splitlines() if is_kept(line))
+    if kept != text:
         with atomic_write(path) as part:
-            part.write_text("".join(kept))
+            part.write_text(kept)

@@ -154,13 +154,13 @@ class ClassTable:
         return cls(labels)
 
 
-def read_classes(root: Path) -> ClassTable:
+def read_classes(root: Path | str) -> ClassTable:
     """The classes of the data set under ``root``: its classes.json, or Cityscapes' without one.
 
     Raises:
         InputError: the file is not JSON; and as ``ClassTable.from_rows``.
     """
-    path = root / "classes.json"
+    path = Path(root, "classes.json")
     if not path.exists():
         return CITYSCAPES
     try:

@@ -82,13 +82,13 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.is_file())
 
 
-def find_images(root: Path, split: str) -> list[Path]:
+def find_images(root: Path | str, split: str) -> list[Path]:
     """All images of a split, sorted.
 
     Raises:
         InputError: there are none, or two have the same label.
     """
-    folder = split_folder(root, split)
+    root, folder = Path(root), split_folder(root, split)
     endings = IMAGE_SUFFIXES if image_folder(root).name == "images" else ("_leftImg8bit.png",)
     images = [path for path in list_files(folder) if path.name.lower().endswith(tuple(map(str.lower, endings)))]
     if folder.name == "images":  # by the name, so that an image stays where it is when others are added
@@ -111,7 +111,7 @@ def find_images(root: Path, split: str) -> list[Path]:
     return images
 
 
-def find_samples(root: Path, split: str) -> list[Sample]:
+def find_samples(root: Path | str, split: str) -> list[Sample]:
     """All images of a split with their labels, sorted.
 
     Raises:
@@ -149,7 +149,7 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: expected an image, found another or a damaged file ({error})") from None
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path | str) -> Image.Image:
     """Read an image as 8-bit RGB. Gray, palette, 16-bit and transparent images are converted."""
     image = open_image(path)
     if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
@@ -159,7 +159,7 @@ def read_image(path: Path) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_label(path: Path, table: ClassTable) -> np.ndarray:
+def read_label(path: Path | str, table: ClassTable) -> np.ndarray:
     """Read a label as train ids, uint8 (H, W).
 
     Its values are the ids of the table: 8 bits, the indices of a palette, or 0 and 1 of a 1-bit image. An RGB label has
@@ -181,7 +181,7 @@ def read_label(path: Path, table: ClassTable) -> np.ndarray:
         palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
         palette = None if np.array_equal(palette, grays[: len(palette)]) else palette
     try:
-        if path.name.endswith(TRAIN_IDS):
+        if Path(path).name.endswith(TRAIN_IDS):
             table, palette = ClassTable([label._replace(id=label.train_id) for label in table.labels]), None
         return table.to_train_ids(label, palette)
     except InputError as error:

@@ -22,8 +22,9 @@ from ocrnet.data.classes import read_classes
 from ocrnet.data.datasets import EvalDataset, find_images, find_samples, split_folder
 from ocrnet.device import DEVICES, Accelerator
 from ocrnet.evaluation import evaluate, print_scores, summarize
+from ocrnet.files import check_output
 from ocrnet.inference import list_images, make_forward, write_predictions
-from ocrnet.script import check_output, make_parser, number, run_script
+from ocrnet.script import make_parser, number, run_script
 
 
 def main() -> None:
@@ -34,6 +35,8 @@ def main() -> None:
     model, table = load_model(args.ckpt)
     if model.about and not args.images:
         accelerator.print0(f"{args.ckpt}: {model.about}")
+    if model.entry not in ("", "model", "state_dict"):
+        accelerator.print0(f"{args.ckpt}: weights of {model.entry!r}")
     if not args.images and not args.data_path.is_dir():
         raise InputError(f"--data-path {args.data_path}: expected the folder of a data set, found none")
     if not args.images or not table:
@@ -73,7 +76,7 @@ def main() -> None:
             explain_images(model, images, args.explain, table, accelerator, long_side)
     else:
         samples = find_samples(args.data_path, args.split)
-        confusion, _ = evaluate(forward, EvalDataset(samples, table), len(table), accelerator, workers=2)
+        confusion, _ = evaluate(forward, EvalDataset(samples, table), accelerator, workers=2)
         if accelerator.is_main:
             scores = {"images": len(samples), **summarize(confusion, table)}
             print(f"{args.ckpt} on {args.data_path}, {args.split}: {len(samples)} images\n")

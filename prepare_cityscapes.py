@@ -22,7 +22,6 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map
 
 from ocrnet import InputError
-from ocrnet.checkpoint import atomic_write
 from ocrnet.data.classes import CITYSCAPES, ClassTable, read_classes
 from ocrnet.data.datasets import (
     Sample,
@@ -36,6 +35,7 @@ from ocrnet.data.datasets import (
     split_folder,
 )
 from ocrnet.data.synthetic import write_dataset
+from ocrnet.files import atomic_write
 from ocrnet.script import make_parser, run_script
 
 ZIPS = {"leftImg8bit_trainvaltest.zip": "_leftImg8bit.png", "gtFine_trainvaltest.zip": "_gtFine_labelIds.png"}
@@ -74,7 +74,7 @@ def main() -> None:
                 raise
             print(f"{split}: {len(find_images(root, split))} images without labels")
             continue
-        check_one = partial(check, table=table, convert=table is CITYSCAPES)
+        check_one = partial(check_sample, table=table, convert=table is CITYSCAPES)
         counts = sum(process_map(check_one, samples, chunksize=8, desc=split, disable=None))
         shares[split] = counts[:-1] / max(counts[:-1].sum(), 1)
         print(f"{split}: {len(samples)} images, {counts[:-1].sum() / counts.sum():.1%} of their pixels labeled")
@@ -125,7 +125,7 @@ def print_starter(root: Path) -> None:
     print("[\n    " + ",\n    ".join(map(json.dumps, rows)) + "\n]")
 
 
-def check(sample: Sample, table: ClassTable, convert: bool) -> np.ndarray:
+def check_sample(sample: Sample, table: ClassTable, convert: bool) -> np.ndarray:
     """Read image and label. Return the pixels of each class, the ignored ones last, int64 (K + 1,).
 
     With ``convert`` also write the missing ``_labelTrainIds.png``, as cityscapesScripts' createTrainIdLabelImgs does.

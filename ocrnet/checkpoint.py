@@ -4,13 +4,12 @@ A checkpoint holds CPU tensors and plain Python only:
 
 {"model": state_dict, "config": arguments of build_model, "classes": rows of classes.json,
  "size": [H, W], the medians of the training images, to which evaluate.py brings photos,
+ "about": a line that evaluate.py prints, in files that are published,
  "iter": optimizer steps, "validated": iteration of the last validation, "best": best mIoU, "optimizer": state_dict,
- "scaler": state_dict, "settings": the flags of train.py and what else a resumed run is compared with}
+ "schedule": state_dict, "scaler": state_dict, "settings": the flags of train.py and what else is compared on resume}
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,9 @@ import torch
 
 from . import InputError
 from .data.classes import CITYSCAPES, ClassTable, classes_from_meta
+from .files import atomic_write
 from .models import OCRNet, build_model
-from .models.weights import build_from_checkpoint, check_finite, read_file
-
-# Settings that a resumed run must have in common with its checkpoint. Others may differ, which is printed.
-MUST_MATCH = ("model", "head", "classes", "train_images", "global_batch", "max_iters", "seed")
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, renamed to ``path`` on success and removed on failure: ``path`` is never incomplete."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+from .models.weights import build_from_weights, check_finite, find_tensors, read_file, rename
 
 
 def to_cpu(state: Any) -> Any:
@@ -69,7 +55,7 @@ def load_checkpoint(path: Path) -> dict:
         InputError: the file cannot be read, or holds no run.
     """
     state = read_file(path)
-    if not isinstance(state, dict) or not {"model", "config", "optimizer"} <= state.keys():
+    if not isinstance(state, dict) or not {"model", "config", "optimizer", "iter", "settings"} <= state.keys():
         raise InputError(f"{path}: expected the last.pt of a run; start from other weights with --weights")
     return state
 
@@ -96,30 +82,21 @@ def load_model(source: Path | str) -> tuple[OCRNet, ClassTable | None]:
     """The model of a file or of a name of hub.py in evaluation mode, and its classes if the file has them.
 
     Accepts checkpoints of this project, and whole OCRNets of mmsegmentation and of the authors. The model's
-    ``long_side`` is the longer side of its training images (0: unknown), ``about`` the file's text of that name or "".
+    ``long_side`` is the longer side of its training images (0: unknown), ``entry`` the entry of the file with its
+    weights (averaged ones are preferred), ``about`` the file's text of that name or "".
     """
     state = read_file(source)
-    if isinstance(state, dict) and {"model", "config"} <= state.keys():
+    entry, tensors = find_tensors(state, source)
+    if {"model", "config"} <= state.keys():
+        if entry != "model":
+            ours = {rename(name): x for name, x in tensors.items()}
+            state["model"] = {name: ours[name] for name in state["model"].keys() & ours.keys()}
         table = ClassTable.from_rows(state["classes"], str(source)) if "classes" in state else None
         model = restore_model(state, source)
         model.long_side = max(state.get("size", [0]))
     else:
-        model, table = build_from_checkpoint(state, source), classes_from_meta(state, str(source))
+        model, table = build_from_weights(state, source), classes_from_meta(state, str(source))
         is_cityscapes = model.config["num_classes"] == len(CITYSCAPES) and table in (None, CITYSCAPES)
         model.long_side = 2048 if is_cityscapes else 0
-    model.about = str(state.get("about", ""))
+    model.about, model.entry = str(state.get("about", "")), entry
     return model.eval(), table
-
-
-def check_resumable(checkpoint: dict, settings: dict, path: Path) -> list[str]:
-    """A sentence for each setting that differs between the checkpoint ``path`` and the run that resumes it.
-
-    Raises:
-        InputError: a setting of ``MUST_MATCH`` differs.
-    """
-    saved = checkpoint["settings"]
-    different = [name for name in settings if settings[name] != saved.get(name)]
-    for name in MUST_MATCH:
-        if name in different:
-            raise InputError(f"--resume: expected {name} {saved.get(name)} as in {path}, found {settings[name]}")
-    return [f"{name} is {settings[name]}, it was {saved.get(name)}" for name in different]

@@ -17,12 +17,14 @@ MAX_GRAPHS = 8  # other shapes are not recorded
 
 
 class CudaGraph:
-    """``function``, recorded at its third call with inputs of a shape, and replayed from then on.
+    """``function``, recorded at its third call with inputs of a shape and type, and replayed from then on.
 
     A replay runs the same kernels on the same memory. What changes from call to call must come from the inputs, from
     tensors that are changed in place (weights, statistics of BatchNorm), or from the random seed. So the function must
     not read a value from the device (``.item()``) and not make a tensor from numbers of the host. It starts with
     gradients of None if it computes gradients. Each call overwrites the outputs and gradients of the one before.
+    Parameters that are replaced (``p.data = x``) instead of changed (``p.data.copy_(x)``) and a change of the model's
+    mode (``train``, ``eval``) are not seen.
 
     Args:
         function: tensors -> a tensor or a tuple of them.
@@ -31,12 +33,11 @@ class CudaGraph:
 
     def __init__(self, function: Callable, device: torch.device):
         self.function, self.device = function, device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()  # memory that the graphs share, as one runs at a time
+        self.stream, self.pool = stream_and_pool(device)
         self.calls, self.graphs = Counter(), {}
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        shapes = tuple(x.shape for x in inputs)
+        shapes = tuple((x.shape, x.dtype) for x in inputs)
         if shapes not in self.graphs:
             self.calls[shapes] += 1
             if self.calls[shapes] <= WARM_UP or len(self.graphs) == MAX_GRAPHS:
@@ -65,6 +66,15 @@ class CudaGraph:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             outputs = self.function(*graph_inputs)
         return graph, graph_inputs, outputs
+
+
+@lru_cache
+def stream_and_pool(device: torch.device) -> tuple:
+    """The stream that records, and the memory that all graphs share, those of training and of validation.
+
+    One graph runs at a time, and each keeps its inputs and outputs.
+    """
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
 @lru_cache

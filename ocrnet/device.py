@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
@@ -28,7 +29,7 @@ class DeviceSpec(NamedTuple):
     backend: str  # of the process group
     amp_dtype: torch.dtype  # of autocast; bf16 on CUDA cards of compute capability 8.0 or more
     amp: bool  # default of --amp
-    compiler: str  # backend of torch.compile
+    compilers: tuple[str, ...]  # backends of torch.compile, the preferred one first
 
 
 def cpu_has_bf16() -> bool:
@@ -39,11 +40,12 @@ def cpu_has_bf16() -> bool:
 
 # In order of preference.
 DEVICES = {
-    "sdaa": DeviceSpec("tccl", torch.float16, True, "teco_inductor"),
-    "cuda": DeviceSpec("nccl", torch.float16, True, "inductor"),
-    "cpu": DeviceSpec("gloo", torch.bfloat16, cpu_has_bf16(), "inductor"),
+    "sdaa": DeviceSpec("tccl", torch.float16, True, ("teco_inductor", "inductor")),
+    "cuda": DeviceSpec("nccl", torch.float16, True, ("inductor",)),
+    "cpu": DeviceSpec("gloo", torch.bfloat16, cpu_has_bf16(), ("inductor",)),
 }
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+TIMEOUT = timedelta(minutes=10)  # of messages between processes
 
 
 def is_available(name: str) -> bool:
@@ -66,6 +68,24 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at its top that is kept
+
+
+def agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
+    """A prefix of the store's keys that the processes of this start have in common, and those of no start before.
+
+    After a failure ``torchrun --max-restarts`` starts all processes anew with the old store, in which the addresses of
+    the dead ones are left. Each process adds a random token. The tokens of all are the prefix, once every process has
+    seen the same ones.
+    """
+    store.set(f"token {rank}", uuid.uuid4().hex)
+    seen, deadline = "", time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        tokens = " ".join(store.get(f"token {other}").decode() for other in range(world_size))
+        if store.add(tokens, int(tokens != seen)) == world_size:
+            return tokens
+        seen = tokens
+        time.sleep(0.05)
+    raise InputError(f"rank {rank}: expected {world_size} processes, found fewer after {TIMEOUT}")
 
 
 class Accelerator:
@@ -95,21 +115,23 @@ class Accelerator:
         self.module = getattr(torch, name)  # torch.sdaa, torch.cuda, torch.cpu
         self.rank, self.local_rank, self.world_size = 0, 0, 1
         if "RANK" in os.environ:  # started by torchrun, also with one process
-            self.rank, self.local_rank, self.world_size = (
-                int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-            )
+            self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))  # mpirun and srun may not set it
         if name == "cpu":
             self.device = torch.device("cpu")
             keep_freed_memory()
         else:
-            if self.local_rank >= self.module.device_count():
-                raise InputError(f"--device {name}: expected at most {self.module.device_count()} processes, one each")
-            self.device = torch.device(name, self.local_rank)
-            self.module.set_device(self.local_rank)  # before the process group, as tccl requires
+            count = self.module.device_count()
+            if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count:
+                raise InputError(f"--device {name}: expected at most {count} processes, one for each device")
+            self.device = torch.device(name, self.local_rank % count)  # srun may show each process its own device only
+            self.module.set_device(self.device.index)  # before the process group, as tccl requires
         if "RANK" in os.environ:
-            dist.init_process_group(self.spec.backend, timeout=timedelta(minutes=10))
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store = dist.PrefixStore(agree_on_prefix(store, rank, world_size), store)
+            dist.init_process_group(self.spec.backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
             # for small messages of the CPUs, which wait for no device and are exact
-            self.host_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
+            self.host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
         has_bf16 = name == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
         default = torch.bfloat16 if has_bf16 else self.spec.amp_dtype
@@ -124,19 +146,20 @@ class Accelerator:
 
     def __str__(self) -> str:
         cpu = self.device.type == "cpu"
-        name = f"{torch.get_num_threads()} threads" if cpu else self.module.get_device_name(self.device)
+        name_of = getattr(self.module, "get_device_name", str)  # which a backend may lack
+        name = f"{torch.get_num_threads()} threads" if cpu else name_of(self.device)
         precision = f"autocast {self.amp_dtype}" if self.amp else "fp32"
         return f"{self.world_size} x {self.device.type} ({name}), {precision}"
 
     # ---- precision and wrappers ----
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp)
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype) if self.amp else contextlib.nullcontext()
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, which fp16 needs as small gradients would become 0. Disabled for other types."""
         enabled = self.amp and self.amp_dtype == torch.float16
-        if self.device.type == "sdaa":
+        if self.device.type == "sdaa" and hasattr(self.module, "amp"):
             return self.module.amp.GradScaler(enabled=enabled)
         return torch.amp.GradScaler(self.device.type, enabled=enabled)
 
@@ -149,7 +172,12 @@ class Accelerator:
             from torch._inductor import config  # here, because it takes a second
 
             config.freezing = True
-        return torch.compile(model, backend=self.spec.compiler)
+        if self.world_size > 1:
+            torch._dynamo.config.optimize_ddp = False  # splitting the graph at DDP's buckets fails on torch 2.4
+        known = torch._dynamo.list_backends()
+        backend = next((name for name in self.spec.compilers if name in known), self.spec.compilers[-1])
+        self.print0(f"torch.compile, backend {backend}")
+        return torch.compile(model, backend=backend)
 
     def graph(self, function: Callable) -> Callable:
         """The function as a CUDA graph; on other devices as it is. See ``CudaGraph`` for what it must not do."""
@@ -167,7 +195,15 @@ class Accelerator:
         if self.world_size == 1:
             return model
         device_ids = None if self.device.type == "cpu" else [self.device.index]
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # from now on synchronized BatchNorm keeps them equal
+        return wrapped
+
+    def manual_seed(self, seed: int) -> None:
+        """Seed the CPU's and the device's generator."""
+        torch.manual_seed(seed)  # which reaches CUDA, but not each backend that is added to PyTorch
+        if self.device.type == "sdaa":
+            self.module.manual_seed_all(seed)
 
     # ---- between processes ----
 
@@ -185,16 +221,16 @@ class Accelerator:
             except BrokenPipeError:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, on the CPU. A tensor on the CPU is changed in place."""
-        x = x.cpu()
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, on the CPU. All of them must call it."""
+        x = x.cpu().clone()
         if dist.is_initialized():
             dist.all_reduce(x, group=self.host_group)
         return x
 
     def any(self, value: bool) -> bool:
         """Whether ``value`` is true in any process."""
-        return bool(self.sum(torch.tensor([float(value)])))
+        return bool(self.sum_over_ranks(torch.tensor([float(value)])))
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from . import InputError
-from .checkpoint import atomic_write
 
 
 class Log(NamedTuple):
@@ -76,23 +75,6 @@ def parse_mmengine_line(line: str, last: int) -> dict:
     if "mIoU" in values and last:
         return {"split": "val", "iter": last, "mIoU": values["mIoU"] / 100}
     return {}
-
-
-def trim_log(path: Path, iteration: int, validated: int) -> None:
-    """Drop what a resumed run repeats: the entries after ``iteration``, the validations after ``validated``.
-
-    Damaged lines go, too.
-    """
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-
-    def is_kept(line: str) -> bool:
-        entry = parse_json_line(line) if line.endswith("\n") else {}
-        return entry.get("iter", math.inf) <= (validated if entry.get("split") == "val" else iteration)
-
-    kept = [line for line in lines if is_kept(line)]
-    if kept != lines:
-        with atomic_write(path) as part:
-            part.write_text("".join(kept))
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:

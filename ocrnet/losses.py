@@ -54,4 +54,4 @@ def poly_lr(lr: float, t: int, T: int, min_lr: float = 1e-4, power: float = 0.9)
     [0.01, 0.00541, 0.0001]
     """
     min_lr = min(min_lr, lr)
-    return (lr - min_lr) * (1 - t / max(T - 1, 1)) ** power + min_lr
+    return (lr - min_lr) * max(1 - t / max(T - 1, 1), 0) ** power + min_lr

@@ -30,10 +30,11 @@ class ConfusionMatrix:
         """Count pixels. Both are integer tensors of one shape; targets are 0 .. 255.
 
         Raises:
-            ValueError: the shapes differ, or a value is not a class.
+            ValueError: they are not integer tensors of one shape, there is no pixel, or a value is not a class.
         """
-        if target.shape != prediction.shape:
-            raise ValueError(f"expected one shape, found target {target.shape} and prediction {prediction.shape}")
+        for x in (target, prediction):
+            if not isinstance(x, Tensor) or x.is_floating_point() or x.shape != target.shape or not x.numel():
+                raise ValueError(f"expected integer tensors of one shape with pixels, found {target} and {prediction}")
         k = self.num_classes
         low, high = prediction.aminmax()
         if low < 0 or high >= k:

@@ -12,10 +12,10 @@ import numpy as np
 from .data.classes import IGNORE_INDEX, ClassTable
 from .data.datasets import EvalDataset
 from .evaluation import sample_predictions
+from .files import SOFTWARE, check_output
 from .inference import Forward
 from .logs import Log, read_log, smooth, smoothing_window
 from .metrics import ConfusionMatrix
-from .script import SOFTWARE, check_output
 
 matplotlib.use("Agg")  # files only, no screen
 from matplotlib import pyplot as plt
@@ -99,11 +99,11 @@ def draw_matrix(
 # ---- figures of a run ------------------------------------------------------------------------------------------------
 
 
-def draw_run(folder: Path, forward: Forward, dataset: EvalDataset, confusion: ConfusionMatrix) -> None:
-    """curve.png, samples.png and scores.png of a run, in its folder."""
+def draw_run(folder: Path, forward: Forward, dataset: EvalDataset, confusion: ConfusionMatrix, title: str) -> None:
+    """curve.png, samples.png and scores.png of a run, in its folder. ``title`` is that of the scores."""
     plot_curves([read_log(folder)], folder / "curve.png")
     save_samples(folder / "samples.png", sample_predictions(forward, dataset), dataset.table)
-    save_scores(folder / "scores.png", confusion, dataset.table)
+    save_scores(folder / "scores.png", confusion, dataset.table, title)
 
 
 def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: ClassTable) -> None:
@@ -131,7 +131,7 @@ def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: C
     save_figure(fig, path)
 
 
-def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable) -> None:
+def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable, title: str) -> None:
     """IoU of each class, and the confusion matrix as shares of each label's pixels."""
     iou = 100 * confusion.iou().numpy()
     counts = confusion.counts.cpu().numpy()
@@ -150,7 +150,7 @@ def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable) -> No
     image = draw_matrix(matrix, shares, table.names, table.names, 100, "{:.0f}", "magma")
     matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label")
     fig.colorbar(image, ax=matrix, label="share of the label's pixels (%)", shrink=0.9)
-    fig.suptitle("last.pt")
+    fig.suptitle(title)
     save_figure(fig, path)
 
 

@@ -32,8 +32,11 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
         """x (B, C, H, W) -> y like x, and over all processes: mean (C,), biased variance (C,), n."""
         C = x.shape[1]
-        _, local_mean, local_inv_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        local_var = local_inv_std**-2 - eps
+        if x.is_cpu:
+            _, local_mean, local_inv_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+            local_var = local_inv_std**-2 - eps
+        else:  # where the third output may be something else
+            local_var, local_mean = torch.var_mean(x.to(weight.dtype), dim=(0, 2, 3), correction=0)
         # each process fills its own row and leaves the others 0, so that the sum over processes holds every row
         rows = local_mean.new_zeros(dist.get_world_size(), 2 * C + 1)
         rows[dist.get_rank()] = torch.cat([local_mean, local_var, local_mean.new_tensor([x.numel() // C])])

@@ -1,7 +1,4 @@
-"""Shared by the tests: a small generated data set, and the real scripts.
-
-As a script, ``conftest.py SCRIPT ARGUMENTS`` runs another script with the backbone "tiny" and without figures.
-"""
+"""Shared by the tests: a small generated data set, the real scripts, and runs of train.py."""
 
 import os
 
@@ -9,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for torch, here and in th
 
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import runpy
@@ -28,12 +26,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ocrnet import plots
+from ocrnet.checkpoint import load_checkpoint
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.device import DEVICES
+from ocrnet.losses import ocr_loss
 from ocrnet.models import BACKBONES, HRNet
 
 ROOT = Path(__file__).resolve().parents[1]
-BACKBONES["tiny"] = partial(HRNet, width=2, num_modules=(1, 1, 1), num_blocks=1)  # for --model, also in ``script``
+BACKBONES["tiny"] = partial(HRNet, width=2, num_modules=(1, 1, 1), num_blocks=1, head_channels=(16, 8))  # for --model
 DEVICES["cpu"] = DEVICES["cpu"]._replace(amp=False)  # the same precision on every CPU
 
 
@@ -67,15 +67,10 @@ def run_script_file(path: str, args: list[str], environment: dict[str, str], out
     multiprocessing.set_start_method(None, force=True)  # of data loader workers: the default again
     torch.set_num_threads(1)
     if not figures:
-        skip_figures()
+        plots.draw_run = lambda *args: None
     sys.argv = [path, *args]
     sys.path.insert(0, os.path.dirname(path))
     runpy.run_path(path, run_name="__main__")
-
-
-def skip_figures() -> None:
-    """Make train.py draw nothing, because that takes seconds."""
-    plots.draw_run = lambda *args: None
 
 
 class Running:
@@ -84,58 +79,48 @@ class Running:
     def __init__(self, path: Path, args: Sequence[str], processes: int, output: Path, figures: bool):
         self.outputs = [f"{output}{rank}" for rank in range(processes)]
         self.processes = []
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        with socket.create_server(("localhost", 0)) as free:
+            port = str(free.getsockname()[1])
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        address["LOCAL_WORLD_SIZE"] = address["WORLD_SIZE"]
         for rank, file in enumerate(self.outputs):
             place = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             rank_args = (str(path), list(args), {**os.environ, **place}, file, figures)
             self.processes.append(FORKSERVER.Process(target=run_script_file, args=rank_args))
             self.processes[-1].start()
 
-    def is_alive(self) -> bool:
-        return any(process.is_alive() for process in self.processes)
-
     def send(self, number: signal.Signals) -> None:
         """Send a signal to all ranks and their descendants, as terminals and schedulers do."""
-        for process in self.processes:
-            if process.is_alive():
-                send_to_family(process.pid, number)
+        for pid in [pid for process in self.processes if process.is_alive() for pid in family(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def wait(self, seconds: float = 240) -> int:
         """Wait for all ranks. Return the first exit status that is not 0, else 0."""
-        until(lambda: not self.is_alive(), seconds)
+        until(lambda: not any(process.is_alive() for process in self.processes), seconds)
         return next((process.exitcode for process in self.processes if process.exitcode), 0)
-
-    @property
-    def returncode(self) -> int:
-        return self.wait()
-
-    @property
-    def stdout(self) -> str:
-        return self.read("stdout")
-
-    @property
-    def stderr(self) -> str:
-        return self.read("stderr")
 
     def read(self, name: str) -> str:
         """What all ranks have written so far."""
         paths = [Path(f"{file}.{name}") for file in self.outputs]
         return "".join(path.read_text() for path in paths if path.exists())
 
+    stdout = property(lambda self: self.read("stdout"))
+    stderr = property(lambda self: self.read("stderr"))
+
 
 @pytest.fixture(scope="session")
 def script(tmp_path_factory):
     """script("train.py", "--max-iters", 2, processes=2) runs a script as torchrun does, on this host -> ``Running``.
 
-    The processes are forked from one that has imported torch, because that takes seconds. For torchrun itself see the
-    fixture ``torchrun``.
+    The processes are forked from one that has imported torch, because that takes seconds.
 
     Args:
         name: of a script in the repository, or a path.
         processes: ranks of a process group. 1: without a process group.
         ok: whether exit status 0 is expected. None for either.
         wait: False to return while it is running.
-        figures: whether train.py draws its figures.
+        figures: whether train.py draws its figures, which takes seconds.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
@@ -154,25 +139,6 @@ def script(tmp_path_factory):
     yield call
     for run in started:  # where a test failed
         run.send(signal.SIGKILL)
-
-
-@pytest.fixture
-def torchrun():
-    """torchrun("train.py", "--max-iters", 2, launcher=["--nproc_per_node=2"]) starts torchrun -> its process."""
-    started = []
-
-    def call(name, *args, launcher):
-        command = [sys.executable, "-m", "torch.distributed.run", *launcher, __file__, ROOT / name, *args]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        started.append(subprocess.Popen([str(arg) for arg in command], env=environment, **quiet))
-        return started[-1]
-
-    yield call
-    for process in started:  # where a test failed
-        if process.poll() is None:
-            send_to_family(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +165,7 @@ def error_of(done: Running) -> str:
     """The error of a script in one process: exit status 1, no traceback, and one line at the end of stderr."""
     lines = done.stderr.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
-    assert done.returncode == 1 and errors == lines[-1:] and "Traceback" not in done.stderr, done.stderr
+    assert done.wait() == 1 and errors == lines[-1:] and "Traceback" not in done.stderr, done.stderr
     return errors[0]
 
 
@@ -211,31 +177,10 @@ def until(condition: Callable[[], bool], seconds: float = 240) -> None:
         time.sleep(0.05)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def processes_of(root: int) -> list[tuple[int, int, str]]:
-    """(id, parent's id, command) of a process and its descendants, including torchrun's workers in other sessions."""
-    listing = subprocess.run(
-        ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    rows = {
-        int(pid): (int(parent), command) for pid, parent, command in (x.split(None, 2) for x in listing.splitlines())
-    }
-    family = [root]
-    for pid in family:  # grows during the loop
-        family += [child for child, (parent, _) in rows.items() if parent == pid]
-    return [(pid, *rows[pid]) for pid in family if pid in rows]
-
-
-def send_to_family(root: int, number: signal.Signals) -> None:
-    """Send a signal to a process and its descendants."""
-    for pid, _, _ in processes_of(root):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *(descendant for child in children for descendant in family(int(child)))]
 
 
 # ---- runs of train.py ------------------------------------------------------------------------------------------------
@@ -243,7 +188,7 @@ def send_to_family(root: int, number: signal.Signals) -> None:
 RUN = [
     "--model", "tiny", "--crop-size", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu",
 ]  # fmt: skip
-EIGHT_ITERATIONS = [*RUN, "--max-iters", 8, "--val-every", 4, "--save-every", 3, "--log-every", 2]
+EIGHT_ITERATIONS = [*RUN, "--max-iters=8", "--val-every=4", "--save-every=3", "--log-every=2", "--class-weights=auto"]
 
 
 @pytest.fixture(scope="session")
@@ -265,23 +210,48 @@ def same_run(first: Path, second: Path) -> None:
 
     Training entries are means since the entry before, and a resumed run begins a new mean: their numbers may differ.
     """
-    one, two = (first / "log.jsonl", second / "log.jsonl")
-    first_scores, second_scores = ([{**x, "images_per_s": None} for x in entries(log, "val")] for log in (one, two))
-    assert first_scores == second_scores
-    for log in (one, two):
-        iterations = [entry["iter"] for entry in entries(log, "train")]
-        assert iterations == sorted(set(iterations))
+    assert entries(first / "log.jsonl", "val") == entries(second / "log.jsonl", "val")
     for name in ("last.pt", "best.pt"):
-        one, two = (torch.load(folder / name, weights_only=True) for folder in (first, second))
-        assert one["model"].keys() == two["model"].keys()
-        assert all(torch.equal(x, two["model"][key]) for key, x in one["model"].items())
-        momentum = [[x["momentum_buffer"] for x in state["optimizer"]["state"].values()] for state in (one, two)]
-        assert all(torch.equal(x, y) for x, y in zip(*momentum, strict=True))
-        assert all(one[key] == two[key] for key in ("iter", "best", "validated"))
+        same_state(*(load_checkpoint(folder / name) for folder in (first, second)))
 
 
-if __name__ == "__main__":
-    skip_figures()
-    del sys.argv[0]
-    sys.path.insert(0, os.path.dirname(sys.argv[0]))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+def same_state(first: dict, second: dict) -> None:
+    """Assert that two checkpoints are bit-identical in what training changes."""
+    names = ("model", "optimizer", "scaler", "iter", "validated", "best")
+    states = [{name: state[name] for name in names} for state in (first, second)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+class ReachedError(Exception):
+    """Ends a run where a test has seen enough."""
+
+
+def raise_reached(*args):
+    raise ReachedError
+
+
+@pytest.fixture
+def train_here(main, monkeypatch, data, tmp_path):
+    """train_here("--max-iters", 2) runs train.py in this process without figures -> last.pt, or None.
+
+    Args:
+        folder: --output-dir.
+        validate: False to end with the first validation, before which last.pt is saved.
+        before_loss: called as before_loss(n, outputs, label, class_weights) before the n-th loss, from 1.
+    """
+
+    def call(*flags, folder=tmp_path, validate=True, before_loss=lambda *args: None):
+        def loss(outputs, label, class_weights=None):
+            before_loss(next(numbers), outputs, label, class_weights)
+            return ocr_loss(outputs, label, class_weights)
+
+        numbers, args = itertools.count(1), [*RUN, "--workers", 0, "--data-path", data, "--output-dir", folder, *flags]
+        with monkeypatch.context() as patch, contextlib.suppress(ReachedError):
+            patch.setattr("train.ocr_loss", loss)
+            patch.setattr(plots, "draw_run", lambda *args: None)
+            if not validate:
+                patch.setattr("train.evaluate", raise_reached)
+            main("train.py", *args)
+        return load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
+
+    return call

@@ -9,51 +9,34 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_classes import ROWS
+from test_classes import ROWS, TABLE
 
 from ocrnet import InputError
-from ocrnet.data.classes import CITYSCAPES, ClassTable
-from ocrnet.data.datasets import (
-    EvalDataset,
-    InfiniteSampler,
-    TrainDataset,
-    find_images,
-    find_samples,
-    list_files,
-    read_image,
-    read_label,
-)
-from ocrnet.data.transforms import NO_CHANGE
+from ocrnet.data import datasets
+from ocrnet.data.classes import CITYSCAPES, ClassTable, Label
+from ocrnet.data.datasets import EvalDataset, InfiniteSampler, TrainDataset, find_samples, read_image, read_label
 
 LABEL = [[0, 1, 1, 0], [1, 0, 0, 1]]  # train ids
-TABLE = ClassTable.from_rows(ROWS, "x")
 
 
-def save(path, pixels, mode=None, **options):
+def save(path, pixels, mode=None, palette=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(pixels, np.uint8))
+    if palette is not None:
+        image.putpalette(np.asarray(palette, np.uint8).ravel().tolist())
     (image.convert(mode) if mode else image).save(path, **options)
     return path
-
-
-# ---- finding files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def root(tmp_path):
     """A data set in the plain layout: a training image per kind of label, and a validation image."""
     (tmp_path / "classes.json").write_text(json.dumps(ROWS))
-    label, image = np.array(LABEL), np.zeros((2, 4, 3))
-    colors = np.array([row["color"] for row in ROWS])
-    save(tmp_path / "images/train/a.jpg", image)
-    save(tmp_path / "labels/train/a.png", 255 * label)
-    save(tmp_path / "images/train/day/b.c.JPEG", image)
-    save(tmp_path / "labels/train/day/b.c.png", colors[label])
-    save(tmp_path / "images/train/day/d.PNG", image)
-    save(tmp_path / "labels/train/day/d.png", colors[label], "RGBA")
-    save(tmp_path / "images/val/a.tif", image)
-    save(tmp_path / "labels/val/a.png", 9 * label)
-    (tmp_path / "images/train/._a.jpg").write_bytes(b"what macOS leaves beside a file")
+    label, colors = np.array(LABEL), np.array([row["color"] for row in ROWS])[LABEL]
+    labels = {"a.jpg": (255 * label,), "day/b.c.JPEG": (colors,), "day/d.PNG": (colors, "RGBA")}
+    for name, look in {**{f"train/{name}": x for name, x in labels.items()}, "val/a.tif": (9 * label,)}.items():
+        save((tmp_path / "labels" / name).with_suffix(".png"), *look)
+        save(tmp_path / "images" / name, np.zeros((2, 4, 3)))
     return tmp_path
 
 
@@ -65,42 +48,54 @@ def test_images_and_labels_of_the_plain_layout_are_found_and_mapped(root):
         assert read_label(sample.label, TABLE).tolist() == LABEL
 
 
+@pytest.mark.parametrize("made, used", [
+    (["images/"], "images"), (["images/", "leftImg8bit"], "images"), (["images/", "images/val"], "images"),
+    ([], "leftImg8bit/val"), (["images"], "leftImg8bit/val"), (["images/", "leftImg8bit/"], "leftImg8bit/val"),
+    *(([f"images/{x}/"], "images/val") for x in ("train", "val", "test", "training", "validation", "valid")),
+])  # fmt: skip
+def test_a_split_is_in_the_folder_images_unless_there_is_leftImg8bit(tmp_path, made, used):
+    for name in made:
+        (tmp_path / name).mkdir(parents=True) if name.endswith("/") else (tmp_path / name).touch()
+    assert datasets.split_folder(tmp_path, "val") == tmp_path / used
+
+
+def test_images_are_found_by_their_endings_in_any_case_but_not_hidden_ones(tmp_path):
+    endings = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".PNG", ".Jpg"
+    names = [f"{i}{ending}" for i, ending in enumerate(endings)]
+    for name in (*names, "x.gif", "x.txt", "png", "._0.png", ".hidden/x.png"):
+        (tmp_path / "images/val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images/val" / name).touch()
+    assert datasets.find_images(tmp_path, "val") == [tmp_path / "images/val" / name for name in names]
+
+
 def test_without_folders_of_splits_a_fifth_is_for_validation_by_name(tmp_path):
-    (tmp_path / "classes.json").write_text(json.dumps(ROWS))
-    for i in range(60):
-        name = os.fsdecode(b"stra\xdfe") if i == 0 else i  # a name that is no UTF-8, as old zips have
-        save(tmp_path / f"images/day/{name}.jpg", np.zeros((2, 4, 3)))
-        save(tmp_path / f"labels/day/{name}.png", np.zeros((2, 4)))
-        if i == 39:
-            before = {split: find_samples(tmp_path, split) for split in ("train", "val")}
-    for split, samples in before.items():
-        assert set(samples) < set(find_samples(tmp_path, split))
-    assert len(before["train"]) + len(before["val"]) == 40 and 4 <= len(before["val"]) <= 12
+    folder = tmp_path / "images"
+    (folder / "day").mkdir(parents=True)
+    for names, found in (((), r".*\.webp"), (("0",), "none of 1 .*val")):
+        for name in names:
+            (folder / f"day/{name}.jpg").touch()
+        with pytest.raises(InputError, match=f"^{folder}: {found}"):
+            datasets.find_images(tmp_path, "val")
+    for name in (os.fsdecode(b"stra\xdfe"), *range(40)):  # no UTF-8, as in old zips
+        (folder / f"day/{name}.jpg").touch()
+    train, val = (datasets.find_images(tmp_path, split) for split in ("train", "val"))
+    assert [path.stem for path in val] == ["12", "29", "31", "37", "6"]
+    assert len(train) == 36 and train == sorted(train)
     with pytest.raises(InputError, match="^--split test: "):
-        find_samples(tmp_path, "test")
-    shutil.rmtree(tmp_path / "images")
-    save(tmp_path / "images/0.jpg", np.zeros((2, 4, 3)))
-    with pytest.raises(InputError, match=f"^{tmp_path / 'images'}: none of 1 .*val"):
-        find_samples(tmp_path, "val")
-
-
-def test_reading_writes_nothing(root):
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    dataset = TrainDataset(find_samples(root, "train"), TABLE, (32, 32), 0)
-    assert len([dataset[0, i] for i in range(3)]) == 3
-    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+        datasets.find_images(tmp_path, "test")
 
 
 def test_files_of_cityscapes_are_found_with_label_ids_before_train_ids(data, tmp_path):
     shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    first, second, *_ = find_samples(tmp_path, "val")
+    first = find_samples(tmp_path, "val")[0]
+    save(first.image.with_name("other.png"), [[0]])
     assert first.label.name.endswith("_gtFine_labelIds.png")
     train_ids = read_label(first.label, CITYSCAPES)
     other = first.label.with_name(first.label.name.replace("labelIds", "labelTrainIds"))
     save(other, 0 * train_ids)
     assert find_samples(tmp_path, "val")[0] == first
     first.label.unlink()
-    save(other, train_ids)
+    save(other, train_ids, palette=CITYSCAPES.palette[[18, *range(18), *range(19, 256)]])  # colors that do not count
     assert find_samples(tmp_path, "val")[0].label == other
     assert np.array_equal(read_label(other, CITYSCAPES), train_ids)  # not mapped a second time
     save(other, 0 * train_ids + 19)
@@ -111,114 +106,98 @@ def test_files_of_cityscapes_are_found_with_label_ids_before_train_ids(data, tmp
         find_samples(tmp_path, "val")
 
 
-@pytest.mark.parametrize("damage", ["no images", "no classes", "two of one name"])
-def test_a_data_set_that_cannot_be_read_is_named(root, damage):
-    if damage == "no images":
-        shutil.rmtree(root / "images/train")
-    elif damage == "no classes":
-        (root / "classes.json").unlink()
-    else:
-        save(root / "images/train/a.png", np.zeros((2, 4, 3)))
-    named = {"no images": root / "images/train", "no classes": root / "classes.json"}
-    with pytest.raises(InputError, match=f"^{named.get(damage, root / 'images/train/a.png')}: "):
-        find_samples(root, "train")
+def test_a_data_set_that_cannot_be_read_is_named(root):
+    two_of_one_name = "images/train/a.png", lambda path: save(path, np.zeros((2, 4, 3)))
+    for name, damage in (two_of_one_name, ("images/train", shutil.rmtree), ("classes.json", os.remove)):
+        damage(root / name)
+        with pytest.raises(InputError, match=f"^{root / name}: "):
+            find_samples(root, "train")
 
 
 def test_links_are_followed_also_in_circles_and_pipes_are_left_out(root, tmp_path):
     (root / "images/train/link").symlink_to(root / "images/train/day")
     (root / "images/train/circle").symlink_to(root / "images")
     os.mkfifo(root / "images/train/pipe.png")
-    names = [path.name for path in list_files(root / "images/train")]
-    assert sorted(set(names)) == ["a.jpg", "a.tif", "b.c.JPEG", "d.PNG"] and len(names) < 6
+    names = [path.name for path in datasets.list_files(root / "images/train")]
+    assert sorted(names) == ["a.jpg", "a.tif", "b.c.JPEG", "d.PNG"]
 
 
-# ---- images and labels -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "header", "middle", "text", "absent", "bomb"])
-def test_damaged_image_is_named(tmp_path, damage, monkeypatch):
+def test_damaged_absent_and_gigantic_images_are_named(tmp_path, monkeypatch):
     path = save(tmp_path / "x.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3)))
-    content = path.read_bytes()
-    damaged = {
-        "truncated": content[:500],
-        "empty": b"",
-        "header": content[:16] + b"\0" * 17 + content[33:],
-        "middle": content[:60] + bytes(255 - b for b in content[60:400]) + content[400:],
-        "text": b"not an image",
-    }
-    path.write_bytes(damaged.get(damage, content))
-    if damage == "absent":
-        path.unlink()
-    if damage == "bomb":
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match=f"^{path}: "):
-        read_image(path)
+    whole, jpeg = path.read_bytes(), save(tmp_path / "x.jpg", np.zeros((40, 40))).read_bytes()
+    middle = whole[:60] + bytes(255 - b for b in whole[60:400]) + whole[400:]
+    header = whole[:16] + b"\0" * 17 + whole[33:]
+    for content in (b"", b"not an image", whole[:500], header, middle, jpeg[:-20], None, whole):
+        path.write_bytes(content) if content is not None else path.unlink()
+        if content == whole:
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(InputError, match=f"^{path}: {'' if path.exists() else 'no such file'}"):
+            read_image(path)
 
 
 def test_images_of_any_mode_become_rgb(tmp_path):
-    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    images = {
-        "gray": Image.fromarray(gray),
-        "palette": Image.fromarray(gray).convert("RGB").quantize(256),
-        "rgba": Image.fromarray(gray).convert("RGBA"),
-        "deep": Image.fromarray(gray.astype(np.uint16) * 257),
-    }
-    for name, image in images.items():
-        image.save(tmp_path / f"{name}.png")
-        rgb = np.asarray(read_image(tmp_path / f"{name}.png")).astype(int)
-        assert rgb.shape == (16, 16, 3) and abs(rgb - gray[..., None]).max() <= 1, name
-
-
-def test_an_image_of_floats_is_refused(tmp_path):
-    Image.fromarray(np.random.default_rng(0).random((4, 4), np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(InputError, match=f"^{tmp_path / 'x.tif'}: .*F"):
-        read_image(tmp_path / "x.tif")
+    gray = np.arange(256).reshape(16, 16)
+    deep = (gray * 257 + np.array([-128, 128] * 8)).clip(0, 65535)  # rounds to gray
+    save(tmp_path / "gray.png", gray)
+    save(tmp_path / "palette.png", gray, palette=np.arange(256).repeat(3))
+    save(tmp_path / "rgba.png", np.stack([gray, gray, gray, 0 * gray], axis=2))
+    Image.fromarray(deep.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((deep - 300 * (gray == 0)).astype(np.int32)).save(tmp_path / "deep.tif")
+    for path in tmp_path.iterdir():
+        image = read_image(path)
+        assert image.mode == "RGB" and (np.asarray(image) == gray[..., None]).all(), path
 
 
 def test_images_and_labels_are_rotated_as_their_exif_orientation_says(tmp_path):
-    exif = Image.Exif()
+    exif, rotated = Image.Exif(), np.rot90(LABEL, -1)
     exif[0x0112] = 6  # the camera was turned: the first row is the right side
-    pixels = np.random.default_rng(0).integers(0, 2, (4, 6))
-    image = save(tmp_path / "image.png", np.repeat(100 * pixels[..., None], 3, axis=2), exif=exif)
-    assert np.array_equal(np.asarray(read_image(image))[..., 0], 100 * np.rot90(pixels, -1))
-    label = save(tmp_path / "label.png", 9 * pixels, exif=exif)
-    assert np.array_equal(read_label(label, TABLE), np.rot90(pixels, -1))
+    path = save(tmp_path / "x.png", 9 * np.array(LABEL), exif=exif)
+    assert np.array_equal(read_label(path, TABLE), rotated)
+    assert np.array_equal(np.asarray(read_image(path))[..., 0], 9 * rotated)
 
 
 def test_the_bits_of_an_image_and_the_indices_of_a_palette_are_its_values(tmp_path):
-    palette = Image.fromarray(9 * np.array(LABEL, np.uint8))
-    palette.putpalette(list(range(255, -1, -1)) * 3)
-    palette.save(tmp_path / "palette.png")
-    assert read_label(tmp_path / "palette.png", TABLE).tolist() == LABEL
-    bits = ClassTable.from_rows([ROWS[0], {**ROWS[1], "id": 1}], "x")
+    path = save(tmp_path / "palette.png", 9 * np.array(LABEL), palette=np.arange(256)[::-1].repeat(3))
+    assert read_label(path, TABLE).tolist() == LABEL
+    bits = ClassTable([Label("a", 0, 0, (1, 1, 1)), Label("b", 1, 1, (2, 2, 2)), Label("c", 255, 2, (3, 3, 3))])
     assert read_label(save(tmp_path / "bits.png", 255 * np.array(LABEL), "1"), bits).tolist() == LABEL
 
 
-def test_a_label_of_16_bits_and_a_jpeg_are_refused(tmp_path):
-    Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "deep.png")
-    save(tmp_path / "lossy.png", np.zeros((2, 2)), format="JPEG")
-    for name, found in (("deep.png", "I;16"), ("lossy.png", "JPEG")):
-        with pytest.raises(InputError, match=f"^{tmp_path / name}: .*{found}"):
-            read_label(tmp_path / name, TABLE)
+@pytest.mark.parametrize("kind, mode, saved", [
+    ("image", "F", "TIFF"), ("image", "I", "TIFF"), ("label", "I;16", "PNG"), ("label", "LA", "PNG"),
+    ("label", "L", "JPEG"),
+])  # fmt: skip
+def test_a_mode_or_a_format_that_cannot_hold_the_values_is_refused(tmp_path, kind, mode, saved):
+    Image.new(mode, (2, 2), 65536 if kind == "image" else 0).save(tmp_path / "x", saved)
+    with pytest.raises(InputError, match=f"^{tmp_path / 'x'}: .*{'JPEG' if saved == 'JPEG' else f'mode {mode}'}"):
+        read_image(tmp_path / "x") if kind == "image" else read_label(tmp_path / "x", TABLE)
 
 
 def test_a_palette_and_equal_channels_are_ids_or_colors(tmp_path):
-    colors = np.array([row["color"] for row in ROWS], np.uint8)[LABEL]
+    label = np.array(LABEL)
     for number in (2, 200):  # palettes in another order
-        image = Image.fromarray(np.array(LABEL, np.uint8) * number + 20)
         palette = np.zeros((256, 3), np.uint8)
-        palette[[20, number + 20]] = colors[0, 0], colors[0, 1]
-        image.putpalette(palette.tobytes())
-        image.save(tmp_path / "x.png")
-        assert read_label(tmp_path / "x.png", TABLE).tolist() == LABEL
-    save(tmp_path / "gray.png", 9 * np.array(LABEL)[..., None].repeat(3, axis=2))
-    assert read_label(tmp_path / "gray.png", TABLE).tolist() == LABEL
-    mask = ClassTable.from_rows([ROWS[0], {"name": "x", "id": 1, "train_id": 1, "color": [255] * 3}], "x")
-    save(tmp_path / "mask.png", 255 * np.array(LABEL)[..., None].repeat(3, axis=2))
-    assert read_label(tmp_path / "mask.png", mask).tolist() == LABEL
+        palette[[20, number + 20]] = ROWS[0]["color"], ROWS[1]["color"]
+        assert read_label(save(tmp_path / "x.png", label * number + 20, palette=palette), TABLE).tolist() == LABEL
+    swapped = ClassTable([Label("a", 0, 0, (1, 1, 1)), Label("b", 1, 1, (0, 0, 0))])
+    ramp = np.arange(4).repeat(3)  # a palette of grays has no colors
+    assert read_label(save(tmp_path / "ramp.png", label, palette=ramp), swapped).tolist() == LABEL
+    gray = label[..., None].repeat(3, axis=2)
+    assert read_label(save(tmp_path / "gray.png", 9 * gray), TABLE).tolist() == LABEL
+    mask = ClassTable([Label("a", 0, 0, (0, 0, 0)), Label("b", 1, 1, (255, 255, 255))])
+    assert read_label(save(tmp_path / "mask.png", 255 * gray), mask).tolist() == LABEL
 
 
-# ---- data sets -------------------------------------------------------------------------------------------------------
+def test_pixels_are_counted_by_class_and_sizes_are_medians(root, tmp_path, capsys):
+    assert datasets.count_pixels(np.array([[0, 2, 2], [255, 0, 2]], np.uint8), 4).tolist() == [2, 0, 3, 0, 1]
+    assert datasets.count_pixels(np.array([[1]], np.uint8), 2).tolist() == [0, 1, 0]
+    assert (
+        datasets.count_classes(find_samples(root, "train"), TABLE) == [12, 12] and not capsys.readouterr().err
+    )  # no bar
+    sizes = [(2, 4), (6, 6), (90, 8)]
+    a, b, c = (datasets.Sample(save(tmp_path / f"{h}.png", np.zeros((h, w))), None) for h, w in sizes)
+    assert datasets.median_size([c, a, b]) == [6, 6] and datasets.median_size([a, b, c], count=2) == [46, 6]
+    assert datasets.median_size([a, b] * 100) == datasets.median_size([a, b, b] * 67) == [2, 4]  # of about 100 images
 
 
 def test_crop_depends_only_on_seed_epoch_and_index(data):
@@ -239,9 +218,11 @@ def test_training_item_is_image_label_and_distortion(data):
     assert (image.shape, label.shape, photometric.shape) == ((3, 32, 64), (32, 64), (5,))
     assert (image.dtype, label.dtype, photometric.dtype) == (torch.uint8, torch.uint8, torch.float32)
     plain = TrainDataset(samples, CITYSCAPES, (32, 64), 0, color_jitter=False)
-    assert all(plain[0, i][2].tolist() == list(NO_CHANGE) for i in range(len(plain)))
+    assert all(plain[0, i][2].tolist() == [0, 1, 1, 0, 1] for i in range(len(plain)))
     assert torch.equal(plain[0, 0][0], image) and torch.equal(plain[0, 0][1], label)
-    assert len({tuple(dataset[0, i][2].tolist()) for i in range(len(samples))}) > 1
+    assert len({tuple(dataset[0, i][2].tolist()) for i in range(len(dataset))}) > 1 and len(dataset) == 6
+    same, other = (TrainDataset(samples, CITYSCAPES, (32, 64), 0, scale, True)[0, 0] for scale in ((0.5, 2), (0.6, 2)))
+    assert all(torch.equal(*pair) for pair in zip(dataset[0, 0], same)) and not torch.equal(image, other[0])
 
 
 def test_evaluation_reads_whole_images(data):
@@ -257,10 +238,6 @@ def test_a_label_of_another_size_is_named(root):
     save(root / "labels/val/a.png", np.zeros((4, 2)))
     with pytest.raises(InputError, match=f"^{root / 'labels/val/a.png'}: .*4x2.*2x4"):
         EvalDataset(find_samples(root, "val"), TABLE)[0]
-    assert find_images(root, "val")
-
-
-# ---- order -----------------------------------------------------------------------------------------------------------
 
 
 def take(sampler, count):
@@ -269,6 +246,7 @@ def take(sampler, count):
 
 def test_every_epoch_has_each_image_once_in_a_new_order():
     keys = take(InfiniteSampler(10, seed=0), 30)
+    assert take(InfiniteSampler(10, seed=0, start=17), 8) == keys[17:25]  # where a run is resumed
     epochs = [[index for e, index in keys if e == epoch] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -283,7 +261,3 @@ def test_ranks_share_each_global_batch_also_across_epochs(world_size):
     for step in range(10):
         together = [key for keys in ranks for key in keys[step * batch : (step + 1) * batch]]
         assert sorted(together) == sorted(alone[step * 4 : step * 4 + 4])
-
-
-def test_order_can_start_anywhere():
-    assert take(InfiniteSampler(10, seed=3, start=17), 8) == take(InfiniteSampler(10, seed=3), 25)[17:]

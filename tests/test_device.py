@@ -1,8 +1,8 @@
 """The device of a process; SDAA with a small fake of its package."""
 
+import ctypes
 import importlib.util
 import os
-import platform
 import sys
 import types
 
@@ -12,6 +12,7 @@ from torch._inductor import config
 
 from ocrnet import InputError, device
 from ocrnet.device import Accelerator
+from ocrnet.sync_bn import SyncBatchNorm2d
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def sdaa(monkeypatch):
         device_count=lambda: 2,
         set_device=lambda index: calls.append(("set_device", index)),
         get_device_name=lambda index: "fake",
+        manual_seed_all=lambda seed: calls.append(("seed", seed)),
         amp=types.SimpleNamespace(GradScaler=lambda enabled: calls.append(("GradScaler", enabled))),
     )
     monkeypatch.setitem(sys.modules, "torch_sdaa", types.ModuleType("torch_sdaa"))
@@ -31,13 +33,15 @@ def sdaa(monkeypatch):
     monkeypatch.setattr(device.torch, "device", lambda *args: types.SimpleNamespace(type=args[0], index=args[-1]))
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(device.dist, name, lambda backend, **_: calls.append(("group", backend)))
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    monkeypatch.setattr(device.dist, "rendezvous", lambda *args, **_: iter([(device.dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(device, "agree_on_prefix", lambda *args: "prefix")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     return calls
 
 
-def test_sdaa_sets_its_device_before_the_process_group(sdaa):
-    accelerator = Accelerator("sdaa")
+def test_sdaa_is_preferred_and_sets_its_device_before_the_process_group(sdaa):
+    accelerator = Accelerator()
     assert sdaa == [("set_device", 1), ("group", "tccl"), ("group", "gloo")]
     assert (accelerator.rank, accelerator.world_size, accelerator.is_main) == (1, 2, False)
     assert (accelerator.device.type, accelerator.device.index) == ("sdaa", 1)
@@ -53,12 +57,29 @@ def test_sdaa_scales_the_loss_with_its_own_scaler(sdaa):
         assert sdaa[-1] == ("GradScaler", False)
 
 
-def test_sdaa_compiles_with_its_own_backend(sdaa, monkeypatch):
+@pytest.mark.parametrize(
+    "known, expected", [(["inductor", "teco_inductor"], "teco_inductor"), (["inductor"], "inductor")]
+)
+def test_sdaa_compiles_with_its_own_backend_where_there_is_one(sdaa, monkeypatch, capsys, known, expected):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, backend: compiled.append((model, backend)))
+    monkeypatch.setattr(torch._dynamo, "list_backends", lambda: known)
     accelerator, model = Accelerator("sdaa"), torch.nn.ReLU()
+    accelerator.rank = 0
     accelerator.compile(model, frozen=True)
-    assert compiled == [(model, "teco_inductor")] and not config.freezing
+    assert compiled == [(model, expected)] and not config.freezing
+    assert f" {expected}\n" in capsys.readouterr().out
+
+
+def test_sdaa_seeds_its_generators_and_needs_no_loss_scaling_of_its_own(sdaa):
+    accelerator = Accelerator("sdaa")
+    accelerator.manual_seed(5)
+    assert sdaa[-1] == ("seed", 5) and torch.initial_seed() == 5
+    del torch.sdaa.amp, torch.sdaa.get_device_name
+    assert isinstance(accelerator.grad_scaler(), torch.amp.GradScaler)
+    with Accelerator("sdaa", amp=False).autocast():  # torch.autocast("sdaa") would need functions of the package
+        pass
+    assert "sdaa" in str(accelerator)  # without the device's name
 
 
 def test_weights_are_constants_only_where_a_cpu_evaluates(monkeypatch):
@@ -70,24 +91,29 @@ def test_weights_are_constants_only_where_a_cpu_evaluates(monkeypatch):
     assert config.freezing
 
 
-def test_sdaa_is_preferred_where_it_is_available(sdaa):
-    assert Accelerator().device.type == "sdaa"
-
-
 def test_more_processes_than_devices_are_refused(sdaa, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(InputError) as error:
         Accelerator("sdaa")
     assert "--device sdaa" in str(error.value)
     assert sdaa == []  # before anything is set up
 
 
+@pytest.mark.parametrize("local_rank, count, index", [(None, 2, 1), ("5", 1, 0), ("1", 2, 1)])
+def test_processes_that_torchrun_did_not_start_find_their_device(sdaa, monkeypatch, local_rank, count, index):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.delenv("LOCAL_RANK")  # mpirun does not set it
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.sdaa, "device_count", lambda: count)  # 1: a scheduler shows each process its own
+    assert Accelerator("sdaa").device.index == index and sdaa[0] == ("set_device", index)
+
+
 @pytest.mark.parametrize("name", ["sdaa", "cuda"])
-def test_unavailable_device_is_refused(name, monkeypatch):
+def test_unavailable_device_is_refused(name, monkeypatch, train_here):
     monkeypatch.setattr(device, "is_available", lambda other: other == "cpu")
-    with pytest.raises(InputError) as error:
-        Accelerator(name)
-    assert f"--device {name}" in str(error.value) and "cpu" in str(error.value)
+    with pytest.raises(InputError, match=f"^--device {name}: .* cpu$"):
+        train_here("--device", name)
     assert Accelerator().device.type == "cpu"
 
 
@@ -113,7 +139,12 @@ def test_cuda_takes_bf16_where_the_card_has_it(monkeypatch, capability, dtype):
     fake = dict(is_available=lambda: True, device_count=lambda: 1, set_device=lambda index: None)
     for name, function in {**fake, "get_device_capability": lambda card: capability}.items():
         monkeypatch.setattr(torch.cuda, name, function)
-    assert Accelerator("cuda").amp_dtype == dtype
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(device, "CudaGraph", lambda function, card: (function, card.type))
+    accelerator = Accelerator("cuda")
+    assert accelerator.amp and accelerator.amp_dtype == dtype and accelerator.memory_format == torch.channels_last
+    assert accelerator.spec.backend == "nccl" and accelerator.spec.compilers == ("inductor",)
+    assert accelerator.graph(min) == (min, "cuda") and Accelerator("cpu").graph(min) is min
     assert Accelerator("cuda", amp_dtype="fp16").amp_dtype == torch.float16
 
 
@@ -123,16 +154,43 @@ def test_memory_format_is_the_faster_one_of_the_cpu(monkeypatch, capability, cha
     assert (Accelerator("cpu").memory_format == torch.channels_last) == channels_last
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
-def test_freed_memory_is_kept_by_glibc_unless_the_user_has_set_its_variables(script, tmp_path, monkeypatch):
-    (tmp_path / "pages.py").write_text(
-        "import resource, torch; from ocrnet.device import Accelerator; Accelerator('cpu'); torch.ones(10**7)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; torch.ones(8 * 10**6)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"  # pages that the system cleared
+@pytest.mark.parametrize("name", ["UNRELATED", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"])
+def test_freed_memory_is_kept_by_glibc_unless_the_user_has_set_its_variables(monkeypatch, name):
+    kept = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=lambda *args: kept.append(args)))
+    monkeypatch.setenv(name, "131072")
+    Accelerator("cpu")
+    assert kept == ([(-3, 2**30), (-1, 2**31 - 1)] if name == "UNRELATED" else [])  # M_MMAP_ and M_TRIM_THRESHOLD
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_fp32_is_exact_on_a_card_too(monkeypatch, amp):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert ("fp32" in str(Accelerator("cpu", amp=amp))) == (not amp) and torch.backends.cudnn.allow_tf32 == amp
+
+
+def test_several_processes_wrap_the_model_for_their_device(sdaa, monkeypatch):
+    monkeypatch.setattr(
+        torch.nn.parallel, "DistributedDataParallel", lambda _, **options: types.SimpleNamespace(**options)
     )
-    kept = int(script(tmp_path / "pages.py").stdout)
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert kept < 1000 < int(script(tmp_path / "pages.py").stdout)  # 3.2e7 bytes are 7,812 pages
+    cpu, sdaa, model = Accelerator("cpu"), Accelerator("sdaa"), torch.nn.Sequential(torch.nn.BatchNorm2d(1))
+    assert [x.wrap_ddp(model).device_ids for x in (cpu, sdaa)] == [None, [1]]
+    assert "2 x cpu" in str(cpu) and str(sdaa) == "2 x sdaa (fake), autocast torch.float16"
+    assert type(sdaa.convert_sync_bn(model)[0]) is SyncBatchNorm2d
+    sdaa.device.type = "cuda"
+    assert type(sdaa.convert_sync_bn(torch.nn.BatchNorm2d(1))) is torch.nn.SyncBatchNorm
+
+
+def test_the_package_of_a_device_is_imported(tmp_path, monkeypatch):
+    assert importlib.util.find_spec("torch_sdaa") or not device.is_available("sdaa")
+    (tmp_path / "torch_sdaa.py").write_text("import torch, types; torch.sdaa.is_available = lambda: True")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch, "sdaa", types.SimpleNamespace(is_available=lambda: False), raising=False)
+    monkeypatch.delitem(sys.modules, "torch_sdaa", raising=False)
+    assert device.is_available("sdaa")
+    monkeypatch.setattr(torch.sdaa, "is_available", lambda: False)
+    assert not device.is_available("sdaa")
+    sys.modules.pop("torch_sdaa")
 
 
 @pytest.mark.parametrize(
@@ -152,18 +210,13 @@ def test_one_process_needs_no_process_group(capsys):
     model = torch.nn.BatchNorm2d(1)
     assert accelerator.wrap_ddp(model) is model and type(accelerator.convert_sync_bn(model)) is torch.nn.BatchNorm2d
     assert accelerator.is_main and accelerator.world_size == 1
-    assert accelerator.sum(torch.tensor([3.0, 4.0])).tolist() == [3, 4]
+    assert accelerator.sum_over_ranks(torch.tensor([3.0, 4.0])).tolist() == [3, 4]
     assert accelerator.broadcast({"iter": 3}) == {"iter": 3}
     assert accelerator.any(True) and not accelerator.any(False)
     accelerator.barrier()
     accelerator.print0("printed")
     assert capsys.readouterr().out == "printed\n"
     accelerator.close()
-
-
-def test_only_rank_0_prints(sdaa, capsys):
-    Accelerator("sdaa").print0("printed")
-    assert capsys.readouterr().out == ""
 
 
 def test_a_size_without_a_rank_is_no_process_group(monkeypatch):
@@ -178,5 +231,6 @@ def test_a_closed_pipe_does_not_end_a_run(monkeypatch):
     monkeypatch.setattr(sys, "stdout", pipe)
     for _ in range(2):
         Accelerator("cpu").print0("nobody reads this")
+        assert sys.stdout is not pipe
     with pytest.raises(BrokenPipeError):
         pipe.close()

@@ -20,7 +20,7 @@ from ocrnet.models import BACKBONES
 
 READMES = [ROOT / "README.md", *sorted((ROOT / "tests").rglob("README.md"))]
 WITH_EXAMPLES = {"data.classes", "data.datasets", "metrics", "models.ocr", "losses", "logs"}
-OTHER_FLAGS = {"--depth", "--master-addr", "--nnodes", "--node-rank", "--nproc_per_node"}
+OTHER_FLAGS = {"--depth", "--master-addr", "--max-restarts", "--nnodes", "--node-rank", "--nproc_per_node"}
 TOOLS = ("benchmark/bench.py", "exercises/ablation.py", "exercises/context.py", "mmsegmentation/make_reference.py")
 SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "tests" / name for name in TOOLS)]
 

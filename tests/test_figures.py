@@ -93,7 +93,7 @@ def test_legend_has_the_colors_of_the_classes_in_rows_that_are_about_equally_lon
 def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
     confusion = ConfusionMatrix(19)
     confusion.update(torch.tensor([0, 0, 0, 0, 13]), torch.tensor([0, 0, 0, 13, 13]))
-    plots.save_scores(tmp_path / "scores.png", confusion, CITYSCAPES)
+    plots.save_scores(tmp_path / "scores.png", confusion, CITYSCAPES, "it. 4")
     bars, matrix, color_bar = figures["scores.png"].axes
     widths = [{0: 75, 13: 50}.get(k, 0) for k in range(19)]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx(widths)
@@ -105,11 +105,12 @@ def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
     assert bars.get_ylim() == (18.5, -0.5) and bars.get_xlim() == pytest.approx((0, 112))  # the first on top
     shares = {text.get_position(): text.get_text() for text in matrix.texts}
     assert shares == {(0, 0): "75", (13, 0): "25", (13, 13): "100"} and np.ma.getmaskarray(shown(matrix))[1].all()
-    assert [matrix.get_xlabel(), matrix.get_ylabel(), *texts(matrix.figure.texts)] == ["prediction", "label", "last.pt"]
+    assert [matrix.get_xlabel(), matrix.get_ylabel(), *texts(matrix.figure.texts)] == ["prediction", "label", "it. 4"]
     assert matrix.images[0].get_clim() == color_bar.get_ylim() == (0, 100) and "%" in color_bar.get_ylabel()
     confusion = ConfusionMatrix(60)
     confusion.update(torch.arange(60), torch.arange(60))
-    plots.save_scores(tmp_path / "many.png", confusion, ClassTable([Label(str(k), k, k, (k, k, k)) for k in range(60)]))
+    many = ClassTable([Label(str(k), k, k, (k, k, k)) for k in range(60)])
+    plots.save_scores(tmp_path / "many.png", confusion, many, "")
     assert 12 <= figures["many.png"].get_figheight() < 40 and not figures["many.png"].axes[1].texts
 
 
@@ -158,7 +159,7 @@ def test_curves_are_those_of_the_logs(tmp_path, figures):
 def test_the_figures_of_a_run_are_drawn_from_its_log_its_data_and_its_scores(tmp_path, figures, data):
     write(tmp_path / "run/log.jsonl", VAL)
     dataset, logits = EvalDataset(find_samples(data, "val"), CITYSCAPES), torch.zeros(1, 19, 128, 256)
-    plots.draw_run(tmp_path / "run", lambda image: (logits, logits), dataset, ConfusionMatrix(19))
+    plots.draw_run(tmp_path / "run", lambda image: (logits, logits), dataset, ConfusionMatrix(19), "iteration 4")
     assert [(name, len(figure.axes)) for name, figure in figures.items()] == [
         ("curve.png", 3), ("samples.png", 20), ("scores.png", 3),
     ]  # fmt: skip

@@ -1,7 +1,6 @@
 """Weights by name, from a local server in the place of the real ones: models/hub.py."""
 
 import hashlib
-import re
 import socket
 import threading
 from functools import partial
@@ -28,10 +27,7 @@ def server(tmp_path, monkeypatch, model):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     folder = tmp_path / "server"
     folder.mkdir()
-    torch.save(model.backbone.state_dict(), folder / "x.pth")
-    digest = hashlib.sha256((folder / "x.pth").read_bytes()).hexdigest()[:8]
-    (folder / "x.pth").rename(folder / f"small-{digest}.pth")
-    monkeypatch.setitem(hub.IMAGENET, "hr18", f"small-{digest}")
+    serve(folder, model.backbone.state_dict(), monkeypatch)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)) as server:
         monkeypatch.setattr(hub, "PRETRAIN_URL", f"http://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -41,16 +37,32 @@ def server(tmp_path, monkeypatch, model):
         thread.join()
 
 
+def serve(folder, content, monkeypatch):
+    torch.save(content, folder / "x.pth")
+    digest = hashlib.sha256((folder / "x.pth").read_bytes()).hexdigest()[:8]
+    (folder / "x.pth").rename(folder / f"small-{digest}.pth")
+    monkeypatch.setitem(hub.IMAGENET, "hr18", f"small-{digest}")
+
+
 def cached(tmp_path) -> list:
     return [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
 
 def test_weights_are_downloaded_once(server, model, tmp_path):
     assert not load_weights(model, "imagenet").ignored
-    (file,) = server.iterdir()
-    assert [path.name for path in cached(tmp_path)] == [file.name]
-    file.unlink()
+    (served,), (file,) = server.iterdir(), cached(tmp_path)
+    assert file.name == served.name
+    served.unlink()
     assert not load_weights(model, "imagenet").ignored
+    file.write_bytes(file.read_bytes()[:-999])
+    with pytest.raises(InputError, match=f"^{file}: "):
+        load_weights(model, "imagenet")
+
+
+def test_code_in_a_downloaded_file_is_not_run(server, model, monkeypatch):
+    serve(server, {"config": print, "model": model.state_dict()}, monkeypatch)
+    with pytest.raises(InputError, match="code .*print"):
+        load_weights(model, "imagenet")
 
 
 def test_file_of_another_hash_is_refused_and_not_kept(server, model, tmp_path):
@@ -73,19 +85,23 @@ def test_without_an_answer_the_error_says_where_the_file_belongs(server, model, 
     assert socket.getdefaulttimeout() is None
 
 
-def test_urls_hold_a_hash_and_unknown_names_list_the_known():
-    urls = [*map(url_of, hub.MODELS), *(url_of("imagenet", model) for model in hub.IMAGENET)]
-    assert all(re.search(r"-[0-9a-f]{8}\.pth$", url) for url in urls) and len(set(urls)) == len(urls)
-    assert url_of("hr48-160k") == (
-        "https://download.openmmlab.com/mmsegmentation/v0.5/ocrnet/ocrnet_hr48_512x1024_160k_cityscapes/"
-        "ocrnet_hr48_512x1024_160k_cityscapes_20200602_191037-dfbf1b0c.pth"
+def test_names_stand_for_the_urls_and_scores_of_mmsegmentation_and_unknown_ones_list_the_known():
+    lines = [f"{name} {url_of(name)} {score}" for name, (_, _, score) in hub.MODELS.items()]
+    lines += [f"{name} {url_of('imagenet', name)}" for name in hub.IMAGENET]
+    assert lines[8] == (
+        "hr48-160k https://download.openmmlab.com/mmsegmentation/v0.5/ocrnet/ocrnet_hr48_512x1024_160k_cityscapes/"
+        "ocrnet_hr48_512x1024_160k_cityscapes_20200602_191037-dfbf1b0c.pth 81.35"
     )
+    assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest().startswith("8cdbca67f494a8d5")
     for name, model, named in (("hr18-20k", None, "hr18-40k"), ("imagenet", "hr18t", "hr18, .*hr18t")):
         with pytest.raises(InputError, match=f"^{name}: .*{named}"):
             url_of(name, model)
 
 
-def test_path_is_no_name(model):
+def test_path_is_no_name(model, tmp_path, monkeypatch):
     for path in ("runs/hr18", "hr18.pt"):
-        with pytest.raises(InputError, match=f"No such file.*{path}"):
+        with pytest.raises(InputError, match=f"^(?!.*download).*No such file.*{path}"):
             load_weights(model, path)
+    monkeypatch.chdir(tmp_path)
+    torch.save(model.state_dict(), "hr18-40k")  # a file, although there are weights of that name
+    assert not load_weights(model, "hr18-40k").random

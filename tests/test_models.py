@@ -1,71 +1,164 @@
-"""The network: shapes and names, and what the paper says of the gather and of the relation."""
+"""The network against independent computations of HRNet and of the head; its defaults and initial weights."""
 
 import re
 import textwrap
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ocrnet import InputError
 from ocrnet.losses import ocr_loss
-from ocrnet.models import BACKBONES, FCNHead, HRNet, ObjectAttention, OCRHead, SpatialGather, build_model, ocrnet
+from ocrnet.models import BACKBONES, HRNet, ObjectAttention, OCRHead, OCRNet, SpatialGather, build_model, ocrnet
+from ocrnet.models.ocr import FCNHead
 
-# ---- sizes and names -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def small_resnet(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "resnet", partial(ocrnet.resnet, layers=(1, 1, 1, 1)))
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, parameters", [("hr18t", 2_495_788), ("hr18", 12_080_036), ("hr32", 32_952_902), ("r50", 36_504_934)]
+)
+def test_models_have_their_number_of_parameters(name, parameters):
+    # with 19 classes. The tensors of hr18s, hr48 and r101 are compared in test_weights.py
+    with torch.device("meta"):
+        assert sum(x.numel() for x in build_model(name).parameters()) == parameters
 
 
 @pytest.mark.parametrize("name, head, flag", [("hr19", "ocr", "--model"), ("hr18s", "psp", "--head")])
 def test_unknown_backbone_or_head_is_refused(name, head, flag):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=flag):
         build_model(name, head=head)
-    assert flag in str(error.value)
 
 
 def test_config_builds_the_same_model():
     with torch.device("meta"):
-        model = build_model("r50", 5, align_corners=True, dropout=0.3, deep_stem=True, head="fcn")
-        again = build_model(**model.config)
+        model = build_model("resnet", 5, align_corners=True, dropout=0.3, deep_stem=True, head="fcn")
+        again, default = build_model(**model.config), build_model("tiny")
     assert str(again) == str(model) and again.config == model.config and again.align_corners
+    assert list(default.config.values()) == ["tiny", 19, False, None, False, "ocr"]
+    assert not default.align_corners and OCRNet(model.backbone, model.head).config == {}
 
 
-@pytest.mark.parametrize("size", [(64, 128), (33, 70)])
-def test_logits_have_the_size_of_the_image(size):
-    model = build_model("hr18t", num_classes=5).eval()
-    with torch.inference_mode():
-        logits, region_logits = model(torch.randn(1, 3, *size))
-    assert logits.shape == region_logits.shape == (1, 5, *size)
+def test_defaults_of_heads_are_those_of_hrnet():
+    with torch.device("meta"):
+        ocr, fcn = (build_model("hr18s", head=head).head for head in ("ocr", "fcn"))
+        assert str(ocr) == str(OCRHead(270, 270, 19)) and str(fcn) == str(FCNHead(270, 19))
+        assert str(ocr.attention) == str(ObjectAttention())
+        assert build_model("resnet", head="fcn").head.hidden[0].weight.shape == (512, 2048, 3, 3)
 
 
-def test_align_corners_reaches_every_module():
-    model = build_model("hr18t", align_corners=True)
-    for expected in (True, False):
-        model.set_align_corners(expected)
-        flags = [module.align_corners for module in model.modules() if hasattr(module, "align_corners")]
-        assert flags == 5 * [expected]  # OCRNet, HRNet and three HRModules
+@pytest.mark.parametrize(
+    "dropout, of_hrnet, of_resnet", [(None, (0, 0), (0.1, 0.1)), (0.0, (0, 0), (0, 0)), (0.3, (0, 0.3), (0.3, 0.3))]
+)
+def test_dropout_is_the_backbones_unless_it_is_given(dropout, of_hrnet, of_resnet):
+    with torch.device("meta"):
+        for name, expected in (("tiny", of_hrnet), ("resnet", of_resnet)):
+            ocr, fcn = (build_model(name, dropout=dropout, head=head).head for head in ("ocr", "fcn"))
+            assert (ocr.region_head[1].p, ocr.classifier[0].p) == expected and fcn.classifier[0].p == expected[1]
 
 
-# ---- backbones -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("settings", [{"name": "hr18t"}, {"name": "hr18t", "head": "fcn"}, {"name": "resnet"}], ids=str)
+def test_initial_weights_follow_the_recipe(settings):
+    torch.manual_seed(0)
+    model = build_model(**settings, deep_stem=settings["name"] == "resnet")
+    for name, conv in model.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            std = (2 / conv.weight[:, 0].numel()) ** 0.5 if conv.bias is None else 0.01  # Kaiming with fan out
+            assert conv.weight.std().item() == pytest.approx(std, rel=0.15), name
+            assert conv.weight.abs().max() > 2 * std, name  # normal, not uniform
+            assert conv.bias is None or not conv.bias.any(), name
 
 
-def test_hrnet_gives_fifteen_widths_at_a_quarter():
-    backbone = HRNet(18, (1, 1, 1), 1).eval()
-    image = torch.randn(2, 3, 64, 96)
-    with torch.inference_mode():
-        branches = backbone.forward_branches(image)
-        region_features, features = backbone(image)
-    assert [tuple(x.shape[1:]) for x in branches] == [(18, 16, 24), (36, 8, 12), (72, 4, 6), (144, 2, 3)]
-    assert features.shape == (2, 15 * 18, 16, 24) and region_features is features
-    assert torch.equal(features[:, :18], branches[0])
+@pytest.mark.parametrize("head", ["ocr", "fcn"])
+def test_building_a_model_keeps_the_weights_of_its_backbone(head, monkeypatch):
+    backbone = BACKBONES["tiny"]()
+    before = {name: x.clone() for name, x in backbone.state_dict().items()}
+    monkeypatch.setitem(BACKBONES, "pretrained", lambda: backbone)
+    after = build_model("pretrained", 3, head=head).backbone.state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
-def test_initial_weights_follow_the_recipe():
-    model = build_model("hr18t")
-    classifiers = model.head.classifier[-1], model.head.region_head[-1]
-    for conv in (*classifiers, model.head.pixel_head[0], model.backbone.stage4[0].branches[3][0].conv1):
-        fan_out = conv.weight[:, 0].numel()  # Kaiming normal
-        std = 0.01 if conv in classifiers else (2 / fan_out) ** 0.5
-        assert conv.weight.std().item() == pytest.approx(std, rel=0.05)
-    assert not any(conv.bias.any() for conv in classifiers)
+# ---- HRNet -----------------------------------------------------------------------------------------------------------
+
+
+def resized(x, size, align_corners):
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def hrnet_features(state, image, num_modules, num_blocks, align_corners):
+    """HRNet's branches and features, computed from a state_dict with the authors' names alone."""
+
+    def conv_bn(x, conv, bn, stride=1):
+        weight = state[f"{conv}.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2)
+        return F.batch_norm(x, *(state[f"{bn}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")))
+
+    def blocks(x, name, convs):
+        for block in (f"{name}.{index}" for index in range(num_blocks)):
+            y = conv_bn(x, f"{block}.conv1", f"{block}.bn1")
+            for i in range(2, convs + 1):
+                y = conv_bn(y.relu(), f"{block}.conv{i}", f"{block}.bn{i}")
+            first = f"{block}.downsample.0.weight" in state
+            x = (y + (conv_bn(x, f"{block}.downsample.0", f"{block}.downsample.1") if first else x)).relu()
+        return x
+
+    def path(x, name, halvings, size):
+        if halvings < 0:  # upsampled, without align_corners in mmsegmentation's two steps
+            x = conv_bn(x, f"{name}.0", f"{name}.1")
+            x = x if align_corners else F.interpolate(x, scale_factor=2**-halvings, mode="bilinear")
+        for k in range(halvings):
+            x = conv_bn(x.relu() if k else x, f"{name}.{k}.0", f"{name}.{k}.1", stride=2)
+        return resized(x, size, align_corners)
+
+    x = conv_bn(conv_bn(image, "conv1", "bn1", 2).relu(), "conv2", "bn2", 2).relu()
+    x = blocks(x, "layer1", 3)
+    branches = [conv_bn(x, "transition1.0.0", "transition1.0.1").relu()]
+    for n, modules in zip((2, 3, 4), num_modules):  # n branches
+        new = f"transition{n - 1}.{n - 1}.0"
+        branches.append(conv_bn(x if n == 2 else branches[-1], f"{new}.0", f"{new}.1", 2).relu())
+        for name in (f"stage{n}.{index}" for index in range(modules)):
+            branches = [blocks(x, f"{name}.branches.{i}", 2) for i, x in enumerate(branches)]
+            fused = []
+            for i, x_i in enumerate(branches):
+                size = x_i.shape[2:]
+                paths = (path(x, f"{name}.fuse_layers.{i}.{j}", i - j, size) for j, x in enumerate(branches))
+                fused.append(sum(paths).relu())
+            branches = fused
+    return branches, torch.cat([resized(x, branches[0].shape[2:], align_corners) for x in branches], dim=1)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (33, 70)])
+def test_logits_are_those_of_an_independent_hrnet_with_and_without_align_corners(size):
+    modules, blocks = (1, 2, 1), 2
+    torch.manual_seed(0)
+    model = (
+        OCRNet(HRNet(4, modules, blocks), OCRHead(60, 60, num_classes=3, channels=8, key_channels=4)).double().eval()
+    )
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for x in (layer.running_mean, layer.running_var, layer.weight.data, layer.bias.data):
+                nn.init.uniform_(x, 0.5, 1.5)
+    image = torch.randn(2, 3, *size).double()
+    state = model.backbone.state_dict()
+    with torch.no_grad():
+        for align_corners in (False, True, False):  # the first is the default
+            branches, features = hrnet_features(state, image, modules, blocks, align_corners)
+            torch.testing.assert_close(model.backbone.forward_branches(image), branches)
+            torch.testing.assert_close(model.backbone(image), (features, features))
+            logits = [resized(x, size, align_corners) for x in model.head(features, features)]
+            torch.testing.assert_close(model(image), tuple(logits))
+            model.set_align_corners(not align_corners)
+
+
+# ---- the example of the docstring ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -81,7 +174,7 @@ def test_backbone_of_the_docstring_trains(head, toy):
     torch.manual_seed(0)
     model = build_model("toy", num_classes=3, head=head)
     label = torch.randint(0, 3, (2, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)  # (2, 32, 32)
-    image = nn.functional.one_hot(label, 3).movedim(3, 1) + 0.1 * torch.randn(2, 3, 32, 32)
+    image = F.one_hot(label, 3).movedim(3, 1) + 0.1 * torch.randn(2, 3, 32, 32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for _ in range(10):
@@ -103,16 +196,7 @@ def test_backbone_of_the_docstring_sets_the_width_of_the_head_and_obeys_align_co
     assert not torch.allclose(before, model.backbone(image)[0])
 
 
-@pytest.mark.parametrize("head", ["ocr", "fcn"])
-def test_building_a_model_keeps_the_weights_of_its_backbone(head, monkeypatch):
-    backbone = HRNet(width=4, num_modules=(1, 1, 1), num_blocks=1)
-    before = {name: x.clone() for name, x in backbone.state_dict().items()}
-    monkeypatch.setitem(BACKBONES, "pretrained", lambda: backbone)
-    after = build_model("pretrained", 3, head=head).backbone.state_dict()
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
-
-
-# ---- the baseline ----------------------------------------------------------------------------------------------------
+# ---- the heads -------------------------------------------------------------------------------------------------------
 
 
 def test_fcn_head_classifies_a_pixel_by_its_own_features():
@@ -124,26 +208,12 @@ def test_fcn_head_classifies_a_pixel_by_its_own_features():
     assert [tuple(i) for i in (before != after).any(1).nonzero().tolist()] == [(0, 1, 2)]
 
 
-# ---- the gather ------------------------------------------------------------------------------------------------------
-
-
 def test_gather_is_the_papers_weighted_mean_of_pixels():
     x, region_logits = torch.randn(2, 4, 3, 5).double(), torch.randn(2, 3, 3, 5).double()
     e = region_logits.exp()
     m = e / e.sum(dim=(2, 3), keepdim=True)  # (B, K, H, W)
     f = torch.stack([(m[:, k, None] * x).sum(dim=(2, 3)) for k in range(3)], dim=2)  # (B, C, K)
     torch.testing.assert_close(SpatialGather()(x, region_logits), f[..., None], rtol=1e-12, atol=1e-12)
-
-
-def test_gather_takes_its_softmax_over_the_pixels_of_a_class():
-    x, region_logits = torch.randn(1, 4, 3, 5), torch.randn(1, 3, 3, 5)
-    gather = SpatialGather()
-    constant = torch.ones_like(x) * 7
-    torch.testing.assert_close(gather(constant, region_logits), torch.full((1, 4, 3, 1), 7.0))
-    shift = torch.randn(1, 3, 1, 1)  # the same for all pixels of a class: changes nothing
-    torch.testing.assert_close(gather(x, region_logits + shift), gather(x, region_logits))
-    shift = torch.randn(1, 1, 3, 5)  # the same for all classes of a pixel: does
-    assert not torch.allclose(gather(x, region_logits + shift), gather(x, region_logits), atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -155,70 +225,24 @@ def test_gather_runs_in_fp32_under_autocast(dtype):
     torch.testing.assert_close(f, SpatialGather()(x.float(), region_logits.float()), rtol=0, atol=0)
 
 
-def test_permuting_the_classes_permutes_the_representations():
-    x, region_logits = torch.randn(1, 4, 3, 5), torch.randn(1, 3, 3, 5)
-    order = [2, 0, 1]
-    f = SpatialGather()(x, region_logits)
-    torch.testing.assert_close(SpatialGather()(x, region_logits[:, order]), f[:, :, order])
-
-
-# ---- the attention ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def attention():
-    """ObjectAttention with x (B, C, H, W) and f (B, C, K, 1)."""
-    return ObjectAttention(8, 4).double().eval(), torch.randn(1, 8, 3, 5).double(), torch.randn(1, 8, 6, 1).double()
-
-
-def test_relation_is_a_softmax_over_the_classes_for_each_pixel(attention):
-    attention, x, f = attention
-    q, k = attention.phi(x).flatten(2), attention.psi(f).flatten(2)  # (B, D, N), (B, D, K)
-    kappa = (q[:, :, :, None] * k[:, :, None]).sum(dim=1) / 4**0.5  # (B, N, K)
+def test_context_is_the_mean_of_region_values_weighted_by_a_softmax_over_the_classes():
+    attention = ObjectAttention(8, 4).double().eval()
+    x, f = torch.randn(2, 8, 3, 5).double(), torch.randn(2, 8, 6, 1).double()
+    q, k, v = attention.phi(x).flatten(2), attention.psi(f).flatten(2), attention.delta(f).flatten(2)
+    kappa = (q[:, :, :, None] * k[:, :, None]).sum(dim=1) / 4**0.5  # (B, D, N), (B, D, K) -> (B, N, K)
     w = kappa.exp() / kappa.exp().sum(dim=2, keepdim=True)
     torch.testing.assert_close(attention.relation(x, f), w)
-
-
-def test_context_is_the_mean_of_region_values_weighted_by_the_relation(attention):
-    attention, x, f = attention
-    w, v = attention.relation(x, f), attention.delta(f).flatten(2)  # (B, N, K), (B, D, K)
     y = (w[:, None] * v[:, :, None]).sum(dim=3).unflatten(2, (3, 5))  # (B, D, H, W)
     torch.testing.assert_close(attention(x, f), attention.rho(y))
 
 
-def test_permuting_the_classes_keeps_the_context(attention):
-    attention, x, f = attention
-    torch.testing.assert_close(attention(x, f[:, :, [3, 5, 0, 1, 4, 2]]), attention(x, f))
-
-
-# ---- the head --------------------------------------------------------------------------------------------------------
-
-
-def small_head(**more):
-    return OCRHead(region_in_channels=6, in_channels=4, num_classes=3, channels=8, key_channels=4, **more)
-
-
 def test_dropout_drops_channels_before_each_classifier():
-    x = torch.ones(1, 6, 4, 4), torch.ones(1, 4, 4, 4)
+    x, sizes = (torch.ones(1, 6, 4, 4), torch.ones(1, 4, 4, 4)), dict(num_classes=3, channels=8, key_channels=4)
     for region_dropout, dropout, changes in ((0.0, 0.0, [False, False]), (0.0, 0.5, [True, False])):
-        head = small_head(region_dropout=region_dropout, dropout=dropout).eval()
+        head = OCRHead(6, 4, **sizes, region_dropout=region_dropout, dropout=dropout).eval()
         for layer in (head.classifier[0], head.region_head[1]):
             layer.train()
         outputs = [head(*x) for _ in range(9)]
         assert [any(not torch.equal(a, b) for b in others) for a, *others in zip(*outputs)] == changes
-    head = small_head(region_dropout=1.0)
+    head = OCRHead(6, 4, **sizes, region_dropout=1.0)
     assert not head(*x)[1].any()  # only the classifier's bias, 0, is left
-
-
-def test_final_loss_trains_the_region_logits_too():
-    head = small_head()
-    logits, _ = head(torch.randn(2, 6, 4, 4), torch.randn(2, 4, 4, 4))
-    logits.square().mean().backward()
-    assert head.region_head[-1].weight.grad.abs().sum() > 0  # region_logits are not detached
-
-
-def test_default_dropout_is_the_backbones():
-    with torch.device("meta"):
-        for name, dropout, expected in (("hr18s", None, (0, 0)), ("hr18s", 0.3, (0, 0.3)), ("r50", None, (0.1, 0.1))):
-            head = build_model(name, dropout=dropout).head
-            assert (head.region_head[1].p, head.classifier[0].p) == expected

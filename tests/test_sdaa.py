@@ -1,6 +1,7 @@
 """The scripts on --device sdaa, where Tecorigin's torch_sdaa, or a stand-in for it, can be imported."""
 
 import importlib.util
+import os
 import re
 import signal
 
@@ -11,6 +12,12 @@ from conftest import RUN, entries, same_run, until
 from ocrnet.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch_sdaa") is None, reason="needs torch_sdaa")
+# what DeepSpeed's accelerator for SDAA uses of torch.sdaa
+FEW = (
+    "is_available device set_device current_device device_count synchronize manual_seed manual_seed_all initial_seed "
+    "get_rng_state set_rng_state Stream Event stream current_stream empty_cache memory_allocated max_memory_allocated "
+    "get_device_properties is_bf16_supported"
+)
 SDAA = [*RUN, "--batch-size", 1, "--device", "sdaa", "--max-iters", 4, "--val-every", 4, "--save-every", 2]
 
 
@@ -34,11 +41,12 @@ def test_two_cards_train_in_fp16_validate_and_save(sdaa_run):
 
 def test_a_run_on_sdaa_resumes_to_the_same_weights(script, sdaa_run, data, tmp_path):
     code = (
-        "import os, signal, train; poly_lr = train.poly_lr\n"
-        "def stop(lr, t, *rest):\n"
-        "    if t == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return poly_lr(lr, t, *rest)\n"
-        "train.poly_lr = stop; train.main()"
+        "import signal, train; ocr_loss, steps = train.ocr_loss, []\n"
+        "def stop(*args, **options):\n"
+        "    steps.append(1)\n"
+        "    if len(steps) == 2: signal.raise_signal(signal.SIGTERM)\n"
+        "    return ocr_loss(*args, **options)\n"
+        "train.ocr_loss = stop; train.main()"
     )
     (tmp_path / "stopping.py").write_text(code)
     flags = [*SDAA, "--data-path", data, "--output-dir", tmp_path / "run"]
@@ -69,3 +77,22 @@ def test_only_visible_cards_are_used(script, data, tmp_path, monkeypatch):
     expected = re.compile(r"^error: --device sdaa: .*\b1\b", re.MULTILINE)
     until(lambda: expected.search(running.stderr), 60)
     running.send(signal.SIGKILL)  # rank 0, which waits for the other; torchrun would end it
+
+
+def test_a_package_with_few_functions_trains_resumes_and_evaluates(script, data, tmp_path, monkeypatch):
+    package = tmp_path / "few/torch_sdaa"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        f"import sys; sys.path.remove({str(package.parent)!r}); del sys.modules['torch_sdaa']\n"
+        f"import torch, torch_sdaa\n"
+        f"for name in {{*vars(torch.sdaa)}} - {{*{FEW!r}.split()}}:\n"
+        f"    if not name.startswith('__'): delattr(torch.sdaa, name)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
+    flags = [*SDAA, "--no-amp", "--data-path", data, "--output-dir", tmp_path / "run"]
+    script("train.py", *flags, processes=2)
+    state = load_checkpoint(tmp_path / "run/last.pt")
+    save_checkpoint(tmp_path / "run/last.pt", state | {"iter": 2, "validated": 0})
+    output = script("train.py", *flags, "--resume", processes=2).stdout
+    assert "2 x sdaa" in output and load_checkpoint(tmp_path / "run/last.pt")["iter"] == 4
+    script("evaluate.py", "--ckpt", tmp_path / "run/last.pt", "--data-path", data, "--device", "sdaa", "--no-amp")

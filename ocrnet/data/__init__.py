@@ -1,1 +1,1 @@
-"""From files to uint8 tensors. Independent of models and devices."""
+"""From files to uint8 tensors, and from those to normalized images. Independent of models."""

@@ -67,11 +67,11 @@ class ClassTable:
 
     @cached_property
     def color_lookup(self) -> np.ndarray:
-        """R, G, B -> train id, uint8. A class wins over ignored labels; a color of two classes is ``UNKNOWN``."""
+        """R, G, B -> train id, uint8. A class wins over ignored labels; a color of more classes is ``UNKNOWN``."""
         lookup = np.full((256, 256, 256), UNKNOWN, np.uint8)
-        for label in sorted(self.labels, key=lambda label: -label.train_id):  # ignored labels first
-            taken = lookup[label.color] not in (UNKNOWN, IGNORE_INDEX, label.train_id)
-            lookup[label.color] = UNKNOWN if taken else label.train_id
+        for color in {label.color for label in self.labels}:
+            classes = {label.train_id for label in self.labels if label.color == color} - {IGNORE_INDEX}
+            lookup[color] = UNKNOWN if len(classes) > 1 else min(classes, default=IGNORE_INDEX)
         return lookup
 
     def lookup_of(self, values: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -154,13 +154,13 @@ class ClassTable:
         return cls(labels)
 
 
-def read_classes(root: Path) -> ClassTable:
+def read_classes(root: Path | str) -> ClassTable:
     """The classes of the data set under ``root``: its classes.json, or Cityscapes' without one.
 
     Raises:
         InputError: the file is not JSON; and as ``ClassTable.from_rows``.
     """
-    path = root / "classes.json"
+    path = Path(root, "classes.json")
     if not path.exists():
         return CITYSCAPES
     try:

@@ -36,6 +36,7 @@ from .classes import IGNORE_INDEX, ClassTable
 from .transforms import NO_CHANGE, crop_image, sample_crop, sample_photometric
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
+PIXEL_BYTES = 4  # of an RGB image and its label in a batch
 TRAIN_IDS = "_gtFine_labelTrainIds.png"
 
 
@@ -81,13 +82,13 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.is_file())
 
 
-def find_images(root: Path, split: str) -> list[Path]:
+def find_images(root: Path | str, split: str) -> list[Path]:
     """All images of a split, sorted.
 
     Raises:
         InputError: there are none, or two have the same label.
     """
-    folder = split_folder(root, split)
+    root, folder = Path(root), split_folder(root, split)
     endings = IMAGE_SUFFIXES if image_folder(root).name == "images" else ("_leftImg8bit.png",)
     images = [path for path in list_files(folder) if path.name.lower().endswith(tuple(map(str.lower, endings)))]
     if folder.name == "images":  # by the name, so that an image stays where it is when others are added
@@ -110,7 +111,7 @@ def find_images(root: Path, split: str) -> list[Path]:
     return images
 
 
-def find_samples(root: Path, split: str) -> list[Sample]:
+def find_samples(root: Path | str, split: str) -> list[Sample]:
     """All images of a split with their labels, sorted.
 
     Raises:
@@ -148,7 +149,7 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: expected an image, found another or a damaged file ({error})") from None
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path | str) -> Image.Image:
     """Read an image as 8-bit RGB. Gray, palette, 16-bit and transparent images are converted."""
     image = open_image(path)
     if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
@@ -158,7 +159,7 @@ def read_image(path: Path) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_label(path: Path, table: ClassTable) -> np.ndarray:
+def read_label(path: Path | str, table: ClassTable) -> np.ndarray:
     """Read a label as train ids, uint8 (H, W).
 
     Its values are the ids of the table: 8 bits, the indices of a palette, or 0 and 1 of a 1-bit image. An RGB label has
@@ -180,7 +181,7 @@ def read_label(path: Path, table: ClassTable) -> np.ndarray:
         palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
         palette = None if np.array_equal(palette, grays[: len(palette)]) else palette
     try:
-        if path.name.endswith(TRAIN_IDS):
+        if Path(path).name.endswith(TRAIN_IDS):
             table, palette = ClassTable([label._replace(id=label.train_id) for label in table.labels]), None
         return table.to_train_ids(label, palette)
     except InputError as error:
@@ -200,7 +201,7 @@ def read_sample(sample: Sample, table: ClassTable) -> tuple[Image.Image, np.ndar
     return image, label
 
 
-def image_size(samples: Sequence[Sample], count: int = 100) -> list[int]:
+def median_size(samples: Sequence[Sample], count: int = 100) -> list[int]:
     """[H, W], the medians of ``count`` images."""
     sizes = []
     for sample in samples[:: -(-len(samples) // count)]:
@@ -215,12 +216,13 @@ def count_pixels(label: np.ndarray, num_classes: int) -> np.ndarray:
     return np.append(counts[:num_classes], counts[IGNORE_INDEX])
 
 
-def count_classes(samples: Sequence[Sample], table: ClassTable) -> list[int]:
-    """The pixels of each class in all labels."""
+def count_classes(samples: Sequence[Sample], table: ClassTable, show: bool = True) -> list[int]:
+    """The pixels of each class in all labels. ``show`` a progress bar."""
     counts = thread_map(
-        lambda sample: count_pixels(read_label(sample.label, table), len(table)), samples, desc="counting", disable=None
-    )
-    return sum(counts)[:-1].tolist()
+        lambda sample: count_pixels(read_label(sample.label, table), len(table)), samples,
+        desc="counting", disable=None if show else True,
+    )  # fmt: skip
+    return sum(counts, start=np.zeros(len(table) + 1, np.int64))[:-1].tolist()
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .. import InputError
 from .classes import IGNORE_INDEX
 
 MEAN = (123.675, 116.28, 103.53)  # ImageNet's RGB mean, for values 0 .. 255
@@ -113,7 +114,12 @@ def preprocess(image: Tensor, photometric: Tensor | None = None) -> Tensor:
 
     Args:
         photometric: parameters (B, 5) of ``sample_photometric``, applied before the normalization.
+
+    Raises:
+        InputError: the number of channels is another, or there are no images.
     """
+    if image.ndim != 4 or image.shape[1] != len(MEAN) or not len(image):
+        raise InputError(f"expected images (B, {len(MEAN)}, H, W), channels as in MEAN, found {tuple(image.shape)}")
     x = image.float()
     if photometric is not None:
         x = photometric_distortion(x, photometric)

@@ -1,4 +1,4 @@
-"""The network: image in, logits out. Independent of data and devices."""
+"""The network, image in, logits out, and weights for it. Independent of data."""
 
 from .hrnet import HRNet
 from .ocr import FCNHead, ObjectAttention, OCRHead, SpatialGather

@@ -109,8 +109,7 @@ def upsample(x: Tensor, factor: int, size: Sequence[int], align_corners: bool) -
     """
     if not align_corners:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    if x.shape[-2:] == tuple(size):
-        return x
+    # also where x has this size already: a branch on it would be fixed in an exported model
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
@@ -172,7 +171,7 @@ class HRNet(nn.Module):
         width: C, the channels of branch 0 (18, 32, 40 or 48 in the paper).
         num_modules: HRModules in stages 2, 3 and 4.
         num_blocks: residual blocks in stage 1, and in each branch of an HRModule.
-        head_channels: C and D of OCRHead.
+        head_channels: channels and key_channels of OCRHead.
     """
 
     align_corners = False  # how maps are resized, see OCRNet.set_align_corners

@@ -33,10 +33,18 @@ Equal up to rounding: the gather runs in fp32 (see SpatialGather), and rho's con
 ObjectAttention).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from .hrnet import conv_bn_relu, init_weights
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """autocast off. Where it is off already, as on devices that do not know it, a context that does nothing."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 class SpatialGather(nn.Module):
@@ -54,7 +62,7 @@ class SpatialGather(nn.Module):
 
     def forward(self, x: Tensor, region_logits: Tensor) -> Tensor:
         """x (B, C, H, W), region_logits (B, K, H, W) -> f (B, C, K, 1), fp32 or wider."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             m = self.spatial_softmax(region_logits)  # (B, K, N)
             f = m @ x.to(m.dtype).flatten(2).transpose(1, 2)  # (B, K, N) @ (B, N, C) = (B, K, C)
         return f.transpose(1, 2).unsqueeze(3)  # (B, C, K, 1): an image of K pixels, for 1x1 convolutions
@@ -109,7 +117,7 @@ class OCRHead(nn.Module):
         region_in_channels: channels of the features for the soft object regions.
         in_channels: channels of the features for the pixel representations.
         num_classes: K.
-        reduction, kernel_size: the region head's hidden layer has region_in_channels / reduction channels.
+        reduction, kernel_size: of the region head's hidden layer, a convolution to region_in_channels / reduction.
         channels: C.
         key_channels: D.
         region_dropout, dropout: probability of dropping a channel before the region classifier and the final one.
@@ -147,7 +155,7 @@ class OCRHead(nn.Module):
         """(B, region_in_channels, H, W), (B, in_channels, H, W) -> logits, region_logits, both (B, K, H, W)."""
         region_logits = self.region_head(region_features)  # (B, K, H, W) soft object regions, before their softmax
         x = self.pixel_head(features)  # (B, C, H, W) pixel representations
-        f = self.gather(x, region_logits)  # (B, C, K, 1) object region representations
+        f = self.gather(x, region_logits).to(x.dtype)  # (B, C, K, 1) object region representations
         y = self.attention(x, f)  # (B, C, H, W) object-contextual representations
         z = self.g(torch.cat([y, x], dim=1))  # (B, C, H, W) augmented representations
         return self.classifier(z), region_logits
@@ -161,7 +169,7 @@ class FCNHead(nn.Module):
     Args:
         in_channels: channels of the features.
         num_classes: K.
-        reduction, kernel_size: the hidden layer has in_channels / reduction channels.
+        reduction, kernel_size: of the hidden layer, a convolution to in_channels / reduction.
         dropout: probability of dropping a channel before the classifier.
     """
 

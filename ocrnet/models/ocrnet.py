@@ -15,7 +15,7 @@ one available as ``--model toy``:
     class Toy(nn.Module):
         out_channels = (48, 48)  # of the features for the regions and for the pixels
         reduction, kernel_size = 1, 1  # of the hidden layer of the heads, see OCRHead
-        head_channels = (64, 32)  # C and D of OCRHead
+        head_channels = (64, 32)  # channels and key_channels of OCRHead
         dropout = 0.0  # before the classifiers
         align_corners = False  # of a module that resizes, see OCRNet.set_align_corners
 
@@ -89,6 +89,18 @@ class OCRNet(nn.Module):
         # contiguous, because the softmax over K that follows would copy channels_last logits at the full size
         return F.interpolate(logits.contiguous(), image.shape[-2:], mode="bilinear", align_corners=self.align_corners)
 
+    def train(self, mode: bool = True) -> "OCRNet":
+        """As ``nn.Module.train``, but modules without a trainable parameter stay in evaluation mode.
+
+        So ``net.backbone.requires_grad_(False)`` also keeps the statistics of BatchNorm, which are no parameters.
+        """
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            frozen = not any(parameter.requires_grad for parameter in module.parameters())
+            if frozen and next(module.parameters(), None) is not None:
+                module.eval()
+        return self
+
     def set_align_corners(self, align_corners: bool) -> None:
         """How all feature maps and logits are resized: True for the authors' weights, False in the recipe."""
         for module in self.modules():
@@ -137,6 +149,8 @@ def build_model(
     )
     if name not in BACKBONES:
         raise InputError(f"--model: expected one of {', '.join(BACKBONES)}, found {name!r}")
+    if num_classes < 2:
+        raise InputError(f"num_classes: expected 2 or more, found {num_classes}")
     if head not in HEADS:
         raise InputError(f"--head: expected one of {', '.join(HEADS)}, found {head!r}")
     backbone = BACKBONES[name]()

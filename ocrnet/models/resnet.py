@@ -27,7 +27,7 @@ class ResNet(TorchvisionResNet):
     out_channels = (1024, 2048)
     reduction, kernel_size = 4, 3  # of the hidden layer of the heads, see OCRHead
     dropout = 0.1  # before the classifiers
-    head_channels = (512, 256)  # C and D of OCRHead
+    head_channels = (512, 256)  # channels and key_channels of OCRHead
 
     def __init__(self, layers: Sequence[int]):
         super().__init__(Bottleneck, list(layers), replace_stride_with_dilation=[False, True, True])

@@ -45,20 +45,25 @@ RENAMES = {
     r"^backbone\.stem\.7\.": "backbone.bn1.",  # ResNetV1c: the last BatchNorm of the deep stem
     r"^backbone\.stem\.": "backbone.conv1.",
 }
-# Where files keep their tensors. mmengine's ema_state_dict is last: its state_dict has the averaged weights.
-ENTRIES = ("state_dict_ema", "model_ema", "model", "state_dict", "ema_state_dict")
+# Where files keep their tensors, also one in another: averaged weights first. mmengine's ema_state_dict is last, as its
+# state_dict has the averaged ones.
+ENTRIES = (
+    "ema", "model_ema", "ema_model", "state_dict_ema", "model", "state_dict", "model_state_dict", "weights", "module",
+    "ema_state_dict",
+)  # fmt: skip
 TIMEOUT = 30  # seconds that a server may be silent
 
 
 class Report(NamedTuple):
     """What became of the tensors of a file, and of the model's."""
 
+    entry: str  # of the file, from ENTRIES, "" for the file itself
     loaded: list[str]  # our names
     ignored: list[str]  # the file's names
     random: list[str]  # our names
 
     def __str__(self) -> str:
-        text = f"{len(self.loaded)} tensors loaded"
+        text = f"{len(self.loaded)} tensors loaded" + (f" from {self.entry!r}" if self.entry else "")
         for names, what in ((self.ignored, "of the file ignored"), (self.random, "of the model stay random")):
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             text += f"; {len(names)} {what}" + (f" ({some})" if names else "")
@@ -95,12 +100,12 @@ def read_file(source: Path | str, model: str | None = None) -> Any:
     except Exception as error:  # damaged bytes raise many types
         if url and not path.exists():  # torch.hub keeps no file with another hash
             raise InputError(f"{url}: {error}") from None
-        raise InputError(f"{path}: expected a file of torch.save, found {describe(path, error)}") from None
+        raise InputError(f"{path}: expected a file of torch.save, found {kind_of(path, error)}") from None
     finally:
         socket.setdefaulttimeout(before)
 
 
-def describe(path: Path, error: Exception) -> str:
+def kind_of(path: Path, error: Exception) -> str:
     """What a file holds that torch.load refused with ``error``."""
     with open(path, "rb") as file:
         start = file.read(24)
@@ -114,21 +119,21 @@ def describe(path: Path, error: Exception) -> str:
     return f"{'an HTML page' if start.startswith(b'<') else 'another format'}: {start!r}" if start else "an empty file"
 
 
-def read_tensors(state: Any, source: Path | str) -> dict[str, Tensor]:
-    """The named tensors in the contents of a file: averaged weights where it has them beside others.
+def find_tensors(state: Any, source: Path | str) -> tuple[str, dict[str, Tensor]]:
+    """The named tensors in the contents of a file, and their entry: averaged weights where it has them beside others.
 
     Raises:
         InputError: there are none, or one is nan or infinite.
     """
-    state = state if isinstance(state, dict) else {}
+    state, entry = state if isinstance(state, dict) else {}, ""
     for key in ENTRIES:
         if isinstance(state.get(key), dict):
-            state = state[key]
+            state, entry = state[key], entry or key
     tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
     if not tensors:
-        raise InputError(f"{source}: expected a dict of tensors, found none")
+        raise InputError(f"{source}: expected a dict of tensors, found {', '.join(map(str, state)) or 'none'}")
     check_finite(tensors, source)
-    return tensors
+    return entry, tensors
 
 
 def check_finite(tensors: dict[str, Tensor], source: Path | str) -> None:
@@ -166,21 +171,17 @@ def backbone_of(tensors: dict[str, Tensor]) -> str | None:
     return max(fits, key=fits.get, default=None)
 
 
-def load_weights(model: OCRNet, source: Path | str) -> Report:
-    """Load the tensors of a file, or of a name of hub.py, into the model.
+def load_weights(model: OCRNet, source: Path | str, state: Any = None) -> Report:
+    """Load the tensors of a file, or of a name of hub.py, into the model. ``state`` are its contents if they are read.
 
     What belongs to the weights but is no tensor is set too: align_corners, the authors' dropout, ResNet's deep stem.
     Another head is left out, and so are tensors of the head that have another shape, as those of other classes have.
 
     Raises:
-        InputError: the file has another backbone, or under 95 % of the model's; and as ``read_file``, ``read_tensors``.
+        InputError: the file has another backbone, or under 95 % of the model's; and as ``read_file``, ``find_tensors``.
     """
-    return load_state(model, read_file(source, model.config["name"]), source)
-
-
-def load_state(model: OCRNet, state: Any, source: Path | str) -> Report:
-    """``load_weights`` of the contents of a file. ``source`` is for errors."""
-    theirs = read_tensors(state, source)
+    state = read_file(source, model.config["name"]) if state is None else state
+    entry, theirs = find_tensors(state, source)
     names = {rename(name): name for name in theirs}
     tensors = {name: theirs[old] for name, old in names.items()}
     for conv in ("head.region_head.0.", "head.pixel_head."):
@@ -210,23 +211,22 @@ def load_state(model: OCRNet, state: Any, source: Path | str) -> Report:
         loaded = {key: x for key, x in loaded.items() if not key.startswith("head.")}
     model.load_state_dict(loaded, strict=False)
     authors = names.get("head.classifier.1.weight", "").endswith("cls_head.weight")
-    config = state.get("config")
-    if authors or (isinstance(config, dict) and config.get("align_corners")):
+    if authors or (isinstance(state.get("config"), dict) and state["config"].get("align_corners")):
         model.set_align_corners(True)
         model.config["align_corners"] = True
     if authors and model.config["dropout"] is None:
         model.config["dropout"] = model.head.classifier[0].p = 0.05  # as in the authors' model
     ignored = [old for key, old in names.items() if key in tensors and key not in loaded]
-    return Report(list(loaded), ignored, [key for key in needed if key not in loaded])
+    return Report(entry, list(loaded), ignored, [key for key in needed if key not in loaded])
 
 
-def build_from_checkpoint(state: Any, source: Path | str) -> OCRNet:
+def build_from_weights(state: Any, source: Path | str) -> OCRNet:
     """The OCRNet that the contents of a file belong to, with those weights. Backbone and K follow from the shapes.
 
     Raises:
         InputError: the head's tensors are missing, or no backbone fits; and as ``load_weights``.
     """
-    tensors = {rename(name): x for name, x in read_tensors(state, source).items()}
+    tensors = {rename(name): x for name, x in find_tensors(state, source)[1].items()}
     head, backbone = head_of(tensors), backbone_of(tensors)
     if backbone is None:
         raise InputError(f"{source}: expected a backbone of {', '.join(BACKBONES)}, found another")
@@ -235,6 +235,6 @@ def build_from_checkpoint(state: Any, source: Path | str) -> OCRNet:
             f"{source}: expected a whole OCRNet, found the backbone {backbone}: use it with train.py --weights"
         )
     model = build_model(backbone, len(tensors["head.classifier.1.weight"]), head=head)
-    if random := load_state(model, state, source).random:
+    if random := load_weights(model, source, state).random:
         raise InputError(f"{source}: expected all tensors of {backbone}, {len(random)} do not fit, {random[0]} first")
     return model

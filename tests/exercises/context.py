@@ -1,4 +1,4 @@
-"""Exercise 7: discs whose class depends on a distant lamp, seen by a backbone without and with context. See README.md.
+"""Exercise 5: discs whose class depends on a distant lamp, seen by a backbone without and with context. See README.md.
 
     python tests/exercises/context.py table                            12 runs of a minute; the table and context.png
     python tests/exercises/context.py --model local --head fcn --data-path runs/context/data --output-dir runs/local

@@ -35,10 +35,10 @@ def keep_labels() -> None:
     """From now on ``OCRHead.label``, (B, H, W), is the label of the images in each training or validation step."""
     if given := {"--images", "--export", "--flip", "--scales", "--slide"} & {*sys.argv}:
         sys.exit(f"error: {given.pop()}: the solution needs the label of the whole image: leave it out")
-    to_device, get_item, evaluate = train_script.to_device, EvalDataset.__getitem__, train_script.evaluate
+    prepare_batch, get_item, evaluate = train_script.prepare_batch, EvalDataset.__getitem__, train_script.evaluate
 
-    def to_device_keeping_label(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-        image, OCRHead.label = to_device(batch, accelerator)
+    def prepare_batch_keeping_label(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+        image, OCRHead.label = prepare_batch(batch, accelerator)
         return image, OCRHead.label
 
     def get_item_keeping_label(dataset: EvalDataset, index: int) -> tuple[Tensor, ...]:
@@ -46,11 +46,11 @@ def keep_labels() -> None:
         OCRHead.label = label[None]
         return image, label
 
-    def evaluate_in_process(forward, dataset, num_classes, accelerator, workers=0, criterion=None):
+    def evaluate_in_process(forward, dataset, accelerator, workers=0, criterion=None):
         # without workers an image is read in this process, right before its prediction
-        return evaluate(forward, dataset, num_classes, accelerator, 0, criterion)
+        return evaluate(forward, dataset, accelerator, 0, criterion)
 
     Accelerator.graph = lambda accelerator, function: function  # a recorded forward pass would keep the first label
-    train_script.to_device = to_device_keeping_label
+    train_script.prepare_batch = prepare_batch_keeping_label
     EvalDataset.__getitem__ = get_item_keeping_label
     train_script.evaluate = evaluate_script.evaluate = evaluate_in_process

@@ -1,4 +1,4 @@
-"""Exercise 5: half the width of the demo's model, as --model hr9t. See README.md."""
+"""Exercise 4: half the width of the demo's model, as --model hr9t. See README.md."""
 
 from functools import partial
 

@@ -104,6 +104,7 @@ def test_images_of_other_channels_are_refused_with_both_numbers():
         preprocess(torch.zeros(0, 3, 8, 8))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_a_model_traced_at_one_size_runs_at_every_size():
     model = build_model("hr18t", 3).eval()
     with torch.inference_mode():

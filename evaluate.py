@@ -22,7 +22,7 @@ from ocrnet.data.classes import read_classes
 from ocrnet.data.datasets import EvalDataset, find_images, find_samples, split_folder
 from ocrnet.device import DEVICES, Accelerator
 from ocrnet.evaluation import evaluate, print_scores, summarize
-from ocrnet.files import check_output
+from ocrnet.files import atomic_write, check_output
 from ocrnet.inference import list_images, make_forward, write_predictions
 from ocrnet.script import make_parser, number, run_script
 
@@ -37,13 +37,16 @@ def main() -> None:
         accelerator.print0(f"{args.ckpt}: {model.about}")
     if model.entry not in ("", "model", "state_dict"):
         accelerator.print0(f"{args.ckpt}: weights of {model.entry!r}")
-    if not args.images and not args.data_path.is_dir():
-        raise InputError(f"--data-path {args.data_path}: expected the folder of a data set, found none")
+    root, split = args.data_path or Path("data/cityscapes"), args.split or "val"
+    if not args.images and not root.is_dir():
+        raise InputError(f"--data-path {root}: expected the folder of a data set, found none")
+    if args.images and table and args.data_path:
+        raise InputError(f"--data-path {root}: is not read with --images, as {args.ckpt} has its classes: leave it out")
     if not args.images or not table:
-        own = read_classes(args.data_path)
+        own = read_classes(root)
         if table and own.names != table.names:
             raise InputError(
-                f"--data-path {args.data_path}: expected the classes of the checkpoint, {', '.join(table.names)}, "
+                f"--data-path {root}: expected the classes of the checkpoint, {', '.join(table.names)}, "
                 f"found {', '.join(own.names)}"
             )
         table = own
@@ -65,9 +68,8 @@ def main() -> None:
         if args.images:
             images = list_images(args.images)
         else:  # the folders below the split stay
-            folder = split_folder(args.data_path, args.split)
-            found = find_images(args.data_path, args.split)
-            images = {path: path.relative_to(folder).with_suffix("") for path in found}
+            folder = split_folder(root, split)
+            images = {path: path.relative_to(folder).with_suffix("") for path in find_images(root, split)}
         if args.save or args.export:
             write_predictions(forward, images, table, accelerator, args.save, args.export)
         if args.explain:
@@ -75,15 +77,16 @@ def main() -> None:
 
             explain_images(model, images, args.explain, table, accelerator, long_side)
     else:
-        samples = find_samples(args.data_path, args.split)
+        samples = find_samples(root, split)
         confusion, _ = evaluate(forward, EvalDataset(samples, table), accelerator, workers=2)
         if accelerator.is_main:
             scores = {"images": len(samples), **summarize(confusion, table)}
-            print(f"{args.ckpt} on {args.data_path}, {args.split}: {len(samples)} images\n")
+            if args.json:  # first, as nobody may read what is printed
+                check_output(args.json)
+                with atomic_write(args.json) as part:
+                    part.write_text(json.dumps(scores, indent=2) + "\n")
+            print(f"{args.ckpt} on {root}, {split}: {len(samples)} images\n")
             print_scores(scores)
-            if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(scores, indent=2) + "\n")
     accelerator.close()
 
 
@@ -92,8 +95,8 @@ def parse_args() -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint: a file, or a name of hub.py")
     group = parser.add_argument_group("what it sees")
-    group.add_argument("--data-path", type=Path, default=Path("data/cityscapes"), metavar="DIR", help="data set")
-    group.add_argument("--split", default="val", metavar="NAME", help="train, val or test")
+    group.add_argument("--data-path", type=Path, metavar="DIR", help="data set; None: data/cityscapes")
+    group.add_argument("--split", metavar="NAME", help="train, val or test; None: val")
     group.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="instead: image files and folders")
     group.add_argument("--long-side", type=number(int, 0), metavar="N", help="pixels; 0: as it is; None: as trained")
     group = parser.add_argument_group("what it writes, by default the scores to the screen")
@@ -111,8 +114,10 @@ def parse_args() -> Namespace:
     args = parser.parse_args()
     if args.images and not (args.save or args.explain or args.export):
         parser.error("--images: expected together with --save, --explain or --export")
-    if args.save and args.save == args.export:
-        parser.error("--save, --export: expected two folders")
+    if args.images and args.split:
+        parser.error("--images, --split: expected one of them")
+    if args.save and args.export and args.save.resolve() == args.export.resolve():
+        parser.error(f"--save, --export: expected two folders, found {args.save} and {args.export}")
     if args.json and (args.save or args.export or args.explain):
         parser.error("--json: scores a data set: leave out --save, --export, --explain")
     if args.long_side is not None and not args.images:

@@ -5,8 +5,8 @@
     python plot_curve.py runs/hr18 train_sdaa_3rd.log --output both.png     with a log of mmengine
     python plot_curve.py runs/sdaa runs/cuda --compare                  are the losses those of the second?
 
-A log is a run's folder, its log.jsonl, or a text log of mmengine (mmsegmentation 1.x). The label of a curve is the name
-of the folder or of the text log.
+A log is a run's folder, its log.jsonl, a .log.json of mmsegmentation 0.x, or a text log of mmengine (mmsegmentation
+1.x). The label of a curve is the name of the folder or of the file.
 """
 
 import sys
@@ -22,7 +22,7 @@ MAX_RELATIVE, MAX_ABSOLUTE = 0.05, 0.0002  # of the SDAA model zoo
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or mmengine's log"
+        "logs", nargs="+", type=Path, metavar="LOG", help="a run's folder, log.jsonl, or a log of mmsegmentation"
     )
     parser.add_argument(
         "--output", type=Path, metavar="PNG", help="None: curve.png beside the first log, unless --compare"
@@ -36,13 +36,15 @@ def main() -> None:
     logs = [read_log(path) for path in args.logs]
     names = [log.name for log in logs]
     logs = [log._replace(name=str(path)) if names.count(log.name) > 1 else log for log, path in zip(logs, args.logs)]
+    first, output = args.logs[0], args.output
+    if not output and not args.compare:
+        output = (first if first.is_dir() else first.parent) / "curve.png"
+    if output:  # first, as nobody may read what is printed
+        plot_curves(logs, output)
     for log in logs:
         best = f", best mIoU {max(entry['mIoU'] for entry in log.val):.2%}" if log.val else ""
         print(f"{log.name}: {len(log.train)} training entries, {len(log.val)} validations{best}")
-    if args.output or not args.compare:
-        first = args.logs[0]
-        output = args.output or (first if first.is_dir() else first.parent) / "curve.png"
-        plot_curves(logs, output)
+    if output:
         print(f"wrote {output}")
     if args.compare and not print_comparison(*logs):
         sys.exit(1)
@@ -56,6 +58,7 @@ def print_comparison(first: Log, second: Log) -> bool:
     a, b = compare_losses(first, second)
     relative, absolute = abs((a - b) / b).mean(), abs(a - b).mean()
     passes = relative <= MAX_RELATIVE or absolute <= MAX_ABSOLUTE
+    print(f"{len(a)} entries of {first.name} compared, those at iterations that both logs cover")
     print(f"final loss, smoothed: {first.name} {a[-1]:.4f}, {second.name} {b[-1]:.4f}")
     print(f"mean relative error {relative:.2%} (signed {((a - b) / b).mean():+.2%}), at most {MAX_RELATIVE:.0%}")
     print(f"or mean absolute error {absolute:.5f}, at most {MAX_ABSOLUTE}: {'pass' if passes else 'fail'}")

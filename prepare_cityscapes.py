@@ -5,7 +5,8 @@
     python prepare_cityscapes.py --data-path data/own   images, labels and classes.json are in data/own: a check
     python prepare_cityscapes.py --synthetic            write the generated data set
 
-Only missing files are written, so the script can be interrupted and run again. Training needs the images and
+Only missing files are written, and those that were cut off while they were unpacked, so the script can be interrupted
+and run again. Training needs the images and
 _labelIds.png only; _labelTrainIds.png are for other programs.
 """
 
@@ -87,21 +88,29 @@ def main() -> None:
 
 
 def unpack(path: Path, ending: str, root: Path) -> None:
-    """Extract the files whose name ends with ``ending``, unless they are there in full size.
+    """Extract the files whose name ends with ``ending``, unless they are there. Those that were cut off are completed.
 
     Raises:
         InputError: the file is missing, is not a zip, or is damaged.
     """
+    changed = []
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in tqdm(archive.infolist(), desc=path.name, disable=None):
-                target = root / entry.filename
-                if entry.filename.endswith(ending) and not (
-                    target.exists() and target.stat().st_size == entry.file_size
-                ):
-                    archive.extract(entry, root)
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith(ending)]
+            for entry in tqdm(entries, desc=path.name, disable=None):
+                target = root.joinpath(*(part for part in Path(entry.filename).parts if part not in ("..", "/")))
+                if target.exists() and target.stat().st_size == entry.file_size:
+                    continue
+                content = archive.read(entry)
+                if target.exists() and not content.startswith(target.read_bytes()):
+                    changed.append(target)  # by the user
+                    continue
+                with atomic_write(target) as part:
+                    part.write_bytes(content)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: a password
         raise InputError(f"{path}: expected a zip, found another or a damaged file ({error})") from None
+    if changed:
+        print(f"NOTE: {len(changed)} files differ from those in {path}, and stay: {changed[0]} and so on")
 
 
 def print_starter(root: Path) -> None:

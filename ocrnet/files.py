@@ -11,30 +11,61 @@ from PIL import Image
 
 from . import InputError
 
-SOFTWARE = "OCRNet"  # the mark of the images that this program writes
+SOFTWARE = "OCRNet"  # the mark of the images that this program writes; their title says what they show
+SCORES = {"images", "mIoU", "pixel_accuracy", "IoU", "pixels"}  # the keys of evaluate.py --json
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Raise a failed write, as on a full disk, as an InputError that names ``path``."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: cannot be written ({reason}): free space, or choose another folder") from None
 
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path, renamed to ``path`` on success and removed on failure: ``path`` is never incomplete."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Yield a temporary path, renamed to ``path`` on success and removed on failure: ``path`` is never incomplete.
+
+    Missing folders are made. Where ``path`` is a link, the file that it points to is replaced.
+
+    Raises:
+        InputError: the file cannot be written. The old one stays.
+    """
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f"{target.name}.{SOFTWARE}.part")  # of a process that was killed: is written over
+    with named_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())  # before the rename
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def check_output(path: Path) -> None:
-    """Raise InputError if ``path`` exists, unless it is an image or the scores that this program wrote."""
+def check_output(path: Path, title: str = "") -> None:
+    """Raise InputError if ``path`` exists, and is neither empty nor an earlier version of what is to be written.
+
+    That is an image of this program with this ``title``, or scores without one. Nor may an image be among those of a
+    data set, which could not be read any more.
+    """
+    spellings = (os.path.realpath(path), os.path.abspath(path)) if title else ()
+    for folder in (folder for spelling in spellings for folder in Path(spelling).parents):
+        beside = folder.parent / "labels", folder.parent / "classes.json"
+        if folder.name == "leftImg8bit" or (folder.name == "images" and any(x.exists() for x in beside)):
+            raise InputError(f"{path}: is among the images of a data set, {folder}: choose another folder")
     if path.is_file():  # not a pipe, from which reading would wait
-        # PIL raises SyntaxError for bad PNGs
-        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:
-            if image.info.get("Software") == SOFTWARE:
+        with contextlib.suppress(Exception):  # bytes that are no image or JSON raise many types
+            if not path.stat().st_size:  # of a full disk
                 return
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if {"mIoU", "IoU"} <= json.loads(path.read_text()).keys():
+            if not title and json.loads(path.read_text()).keys() == SCORES:
                 return
+            with Image.open(path) as image:
+                if title and image.info["Software"] == SOFTWARE and image.info.get("Title", title) == title:
+                    return
     if path.exists():
         raise InputError(f"{path}: exists, and is not an output of this program: choose another folder or name")

@@ -19,7 +19,7 @@ from .data.classes import ClassTable
 from .data.datasets import IMAGE_SUFFIXES, read_image, to_tensor
 from .data.transforms import preprocess
 from .device import Accelerator
-from .files import SOFTWARE, check_output
+from .files import SOFTWARE, atomic_write, check_output
 
 Forward = Callable[[Tensor], tuple[Tensor, ...]]  # raw images (B, 3, H, W) -> (logits (B, K, H, W), ...)
 
@@ -150,17 +150,14 @@ def rank_shard(items: Sequence, accelerator: Accelerator, description: str) -> I
     return tqdm(shard, desc=description, disable=None if accelerator.is_main else True)
 
 
-def save_png(image: np.ndarray, path: Path) -> None:
-    """Write an image, marked as ours.
-
-    Raises:
-        InputError: the file exists, and this program has not written it.
-    """
-    check_output(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_png(image: np.ndarray, path: Path, title: str) -> None:
+    """Write an image, marked as ours. Raise InputError if the file exists, and is no earlier version of it."""
+    check_output(path, title)
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
-    Image.fromarray(image).save(path, format="PNG", pnginfo=mark)
+    mark.add_text("Title", title)
+    with atomic_write(path) as part:
+        Image.fromarray(image).save(part, format="PNG", pnginfo=mark)
 
 
 def write_predictions(
@@ -192,13 +189,14 @@ def write_predictions(
         logits = forward(to_tensor(image)[None])[0]
         classes = class_map(logits)[0].byte().cpu().numpy()  # (H, W)
         if export:
-            save_png(labels[classes], export / f"{name}.png")
+            save_png(labels[classes], export / f"{name}.png", "labels")
         if save:
             colors = table.palette[classes]  # (H, W, 3)
-            save_png(colors, save / f"{name}.png")
-            save_png(((np.asarray(image, np.uint16) + colors) // 2).astype(np.uint8), save / f"{name}_overlay.png")
+            overlay = ((np.asarray(image, np.uint16) + colors) // 2).astype(np.uint8)
+            save_png(colors, save / f"{name}.png", "class colors")
+            save_png(overlay, save / f"{name}_overlay.png", "overlay")
     if save and accelerator.is_main:
-        save_png(draw_legend(table), save / "legend.png")
+        save_png(draw_legend(table), save / "legend.png", "legend")
     for folder, files in ((save, "NAME.png, NAME_overlay.png and legend.png"), (export, "NAME.png")):
         if folder:
             accelerator.print0(f"{len(images)} images: {files} in {folder}")

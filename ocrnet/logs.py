@@ -1,4 +1,4 @@
-"""Reading training logs: this project's log.jsonl, and the text logs of mmengine (mmsegmentation 1.x)."""
+"""Reading training logs: this project's log.jsonl, mmsegmentation 0.x's .log.json, and 1.x's text logs (mmengine)."""
 
 import json
 import math
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from . import InputError
+
+MIN_ENTRIES = 10  # of each log, for a comparison
 
 
 class Log(NamedTuple):
@@ -33,30 +35,42 @@ def read_log(path: Path) -> Log:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    folders = path.resolve().parents
-    name = folders[0].name if path.suffix == ".jsonl" else path.stem
-    if re.fullmatch(r"\d{8}_\d{6}", name) and len(folders) > 1:  # WORK_DIR/20240501_100000/20240501_100000.log
-        name = folders[1].name
+    names = [folder.name for folder in path.resolve().parents]
+    if path.suffix != ".jsonl":
+        names.insert(0, path.stem.removesuffix(".log"))
+    # WORK_DIR/20240501_100000/20240501_100000.log is WORK_DIR
+    name = next((name for name in names if not re.fullmatch(r"\d{8}_\d{6}", name)), "")
     train, val, last = {}, {}, 0  # iteration -> entry; of an iteration that was repeated the last counts
     for line in lines:
-        entry = parse_json_line(line) or parse_mmengine_line(line, last)
-        if entry.get("split") == "train":
+        entry = parse_json_line(line, last) or parse_mmengine_line(line, last)
+        if entry.get("split") == "train" and isinstance(entry.get("loss"), (int, float)):
             last = entry["iter"]
-            train[entry["iter"]] = entry
+            lr = entry.get("lr")
+            train[last] = entry | {"lr": math.nan if lr is None else lr}
         elif entry.get("split") == "val" and entry.get("mIoU") is not None:  # None: no valid pixels
             val[entry["iter"]] = entry
     if not train and not val:
-        raise InputError(f"{path}: expected log.jsonl, or mmengine's lines 'Iter(train) [ 50/40000] ... loss: ...'")
+        raise InputError(
+            f"{path}: expected log.jsonl, mmsegmentation 0.x's .log.json, or mmengine's lines 'Iter(train) [ 50/40000] "
+            f"... loss: ...'"
+        )
     return Log(name, *([entries[key] for key in sorted(entries)] for entries in (train, val)))
 
 
-def parse_json_line(line: str) -> dict:
-    """A line of log.jsonl. {} if it is something else or damaged."""
+def parse_json_line(line: str, last: int = 0) -> dict:
+    """A line of log.jsonl, or of mmsegmentation 0.x in that form. {} if it is something else or damaged.
+
+    mmsegmentation's validations may count images, so their iteration is ``last``, that of the last training line.
+    """
     try:
         entry = json.loads(line)
     except ValueError:
         return {}
-    return entry if isinstance(entry, dict) and type(entry.get("iter")) is int else {}
+    if not isinstance(entry, dict) or type(entry.get("iter")) is not int:
+        return {}
+    if entry.get("mode") == "val":
+        return {"split": "val", "iter": last, "mIoU": entry.get("mIoU")} if last else {}
+    return entry | ({"split": "train"} if entry.get("mode") == "train" else {})
 
 
 def parse_mmengine_line(line: str, last: int) -> dict:
@@ -95,13 +109,16 @@ def compare_losses(first: Log, second: Log) -> tuple[np.ndarray, np.ndarray]:
     """The smoothed training losses of two logs at the iterations of the first that both cover.
 
     Raises:
-        InputError: they have no iterations in common.
+        InputError: fewer than ``MIN_ENTRIES`` of one are at iterations that both cover.
     """
     iterations = [[entry["iter"] for entry in log.train] for log in (first, second)]
     low, high = max(min(x, default=math.inf) for x in iterations), min(max(x, default=-math.inf) for x in iterations)
     common = [[entry for entry in log.train if low <= entry["iter"] <= high] for log in (first, second)]
-    if not all(common):
-        raise InputError(f"--compare: expected logs of the same iterations, found none in {first.name}, {second.name}")
+    if min(map(len, common)) < MIN_ENTRIES:
+        raise InputError(
+            f"--compare: expected {MIN_ENTRIES} training entries or more of each log at the same iterations, found "
+            f"{len(common[0])} of {first.name}, {len(common[1])} of {second.name}: train longer or log more often"
+        )
     x, other_x = ([entry["iter"] for entry in entries] for entries in common)
     losses = ([entry["loss"] for entry in entries] for entries in common)
     # a loss that is not finite is equal to none

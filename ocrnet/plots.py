@@ -12,7 +12,7 @@ import numpy as np
 from .data.classes import IGNORE_INDEX, ClassTable
 from .data.datasets import EvalDataset
 from .evaluation import sample_predictions
-from .files import SOFTWARE, check_output
+from .files import SOFTWARE, atomic_write, check_output
 from .inference import Forward
 from .logs import Log, read_log, smooth, smoothing_window
 from .metrics import ConfusionMatrix
@@ -52,14 +52,10 @@ def image_axes(
 
 
 def save_figure(fig: plt.Figure, path: Path) -> None:
-    """Write and close a figure, marked as ours.
-
-    Raises:
-        InputError: the file exists, and this program has not written it.
-    """
-    check_output(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=100, metadata={"Software": SOFTWARE})
+    """Write and close a figure, marked as ours. Raise InputError if the file exists, and is no figure of ours."""
+    check_output(path, "figure")
+    with atomic_write(path) as part:
+        fig.savefig(part, format="png", dpi=100, metadata={"Software": SOFTWARE, "Title": "figure"})
     plt.close(fig)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from . import InputError
 from .checkpoint import load_checkpoint, save_checkpoint
 from .device import Accelerator
-from .files import atomic_write
+from .files import atomic_write, named_errors
 from .logs import parse_json_line
 
 # Settings that a resumed run must have in common with its checkpoint. Others may differ, which is printed.
@@ -108,7 +108,7 @@ class Run:
             InputError: the training loss is nan or infinite.
         """
         if self.accelerator.is_main:
-            with open(self.log_path, "a") as file:
+            with named_errors(self.log_path), open(self.log_path, "a") as file:
                 file.write(json.dumps({"split": split, "iter": self.iteration, **entry}) + "\n")
         if split == "train" and not math.isfinite(entry["loss"]):
             lr, loss = self.settings["lr"], entry["loss"]

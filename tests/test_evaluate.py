@@ -41,7 +41,7 @@ def test_images_of_any_size_are_colored_and_explained(main, trained, image, tmp_
     (tmp_path / "images").mkdir()
     Image.open(image).resize((161, 97)).save(tmp_path / "images/odd.jpg")
     Image.open(image).convert("L").resize((40, 33)).save(tmp_path / "gray.png")
-    flags = ["--ckpt", trained / "best.pt", "--device", "cpu", "--data-path", tmp_path / "missing"]
+    flags = ["--ckpt", trained / "best.pt", "--device", "cpu"]
     main("evaluate.py", *flags, "--images", tmp_path / "images", tmp_path / "gray.png", "--save", tmp_path / "out")
     found = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir() if path.name != "legend.png"}
     sizes = {"gray": (40, 33), "odd": (161, 97)}
@@ -112,7 +112,8 @@ def test_flags_of_inference_reach_predictions(
     [
         ("--images x.png --explain out --flip", "--explain"), ("--images x.png --explain out --scales 2", "--explain"),
         ("--images x.png --explain out --slide 32 32", "--explain"), ("--explain out --compile", "--compile"),
-        ("--images x.png", "--images"), ("--images x.png --save out --export out", "--export"),
+        ("--images x.png", "--images"), ("--images x.png --save out --export ./out", "--export"),
+        ("--images x.png --save out --split val", "--split"),
         ("--export out --json x.json", "--json"), ("--save out --json x.json", "--json"),
         ("--explain out --json x.json", "--json"), ("--export out --long-side 0", "--images"),
         ("--scales 0", "--scales"), ("--slide 0 32", "--slide"), ("--images x --save y --long-side -1", "--long-side"),
@@ -126,7 +127,7 @@ def test_flags_that_do_not_go_together_are_refused_by_name(main, flags, named, c
 
 def test_scores_are_not_written_over_something_else(script, main, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "x.json").write_text("[]")
+    (tmp_path / "x.json").write_text('{"mIoU": 0.5, "IoU": {}, "mine": 1}')
     flags = ["--ckpt", tmp_path / "missing.pt", "--device", "cpu", "--json"]  # before the checkpoint is read
     for path in (tmp_path / "pipe", "/dev/null", tmp_path):
         with pytest.raises(InputError, match=f"^{path}: "):
@@ -175,8 +176,10 @@ def test_colors_are_those_of_the_checkpoint_or_of_the_data_set(main, categories,
     torch.save({key: state[key] for key in ("model", "config")}, tmp_path / "x.pt")  # without names
     flags = ["--device", "cpu", "--images", image, "--save", tmp_path / "out", "--ckpt"]
     colors = {label.color for label in CITYSCAPES.labels if label.name in NAMES}
-    for path, root in ((categories / "run/last.pt", tmp_path), (tmp_path / "x.pt", categories)):
-        main("evaluate.py", *flags, path, "--data-path", root)
+    for path, own in ((categories / "run/last.pt", ()), (tmp_path / "x.pt", ("--data-path", categories))):
+        main("evaluate.py", *flags, path, *own)
         assert {color for _, color in Image.open(tmp_path / "out" / image.name).getcolors()} <= colors
+    with pytest.raises(InputError, match=f"^--data-path {data}: "):  # has no effect
+        main("evaluate.py", *flags, categories / "run/last.pt", "--data-path", data)
     with pytest.raises(InputError, match=f"^--ckpt {tmp_path / 'x.pt'}: .*7 .*19"):
         main("evaluate.py", *flags, tmp_path / "x.pt", "--data-path", data)

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from tqdm.contrib.concurrent import process_map
 
 from .. import InputError
+from ..files import named_errors
 from .classes import CITYSCAPES
 
 SIZE = (128, 256)  # H, W of an image
@@ -259,8 +260,9 @@ def write_scene(root: Path, split: str, index: int) -> None:
     images = street(np.random.default_rng([0, sorted(SPLITS).index(split), index]))
     for image, name in zip(images, (IMAGE, LABEL)):
         path = root / name.format(split, index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        with named_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
 
 
 def write_dataset(root: Path, splits: dict[str, int] = SPLITS) -> None:

@@ -10,20 +10,15 @@ from .data.classes import IGNORE_INDEX
 
 
 class ConfusionMatrix:
-    """K x K pixel counts: rows are labels, columns predictions.
+    """K x K pixel counts, on ``device``: rows are labels, columns predictions. Pixels labeled 255 are ignored.
 
     >>> confusion = ConfusionMatrix(num_classes=2)
     >>> confusion.update(target=torch.tensor([0, 0, 1, 255]), prediction=torch.tensor([0, 1, 1, 0]))
     >>> confusion.counts.tolist(), confusion.iou().tolist()
     ([[1, 1], [0, 1]], [0.5, 0.5])
-
-    Args:
-        num_classes: K. Pixels labeled 255 are ignored.
-        device: of the counts.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
-        self.num_classes = num_classes
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, target: Tensor, prediction: Tensor) -> None:
@@ -35,7 +30,7 @@ class ConfusionMatrix:
         for x in (target, prediction):
             if not isinstance(x, Tensor) or x.is_floating_point() or x.shape != target.shape or not x.numel():
                 raise ValueError(f"expected integer tensors of one shape with pixels, found {target} and {prediction}")
-        k = self.num_classes
+        k = len(self.counts)
         low, high = prediction.aminmax()
         if low < 0 or high >= k:
             raise ValueError(f"prediction: expected values 0 .. {k - 1}, found {low} .. {high}")

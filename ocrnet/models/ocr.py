@@ -42,8 +42,8 @@ from .hrnet import conv_bn_relu, init_weights
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """autocast off. Where it is off already, as on devices that do not know it, a context that does nothing."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """autocast off. Where it is off already, as on meta tensors, which do not know it, a context that does nothing."""
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 

@@ -164,13 +164,8 @@ class OCRHead(nn.Module):
 class FCNHead(nn.Module):
     """The baseline of the paper's tables: classify each pixel by its own features, without object context.
 
-    With HRNet it has the layers of OCRHead's region head, as in mmsegmentation. It has no auxiliary output.
-
-    Args:
-        in_channels: channels of the features.
-        num_classes: K.
-        reduction, kernel_size: of the hidden layer, a convolution to in_channels / reduction.
-        dropout: probability of dropping a channel before the classifier.
+    It has the layers and arguments of OCRHead's region head, here on the features of the pixels, as in mmsegmentation,
+    and no auxiliary output.
     """
 
     def __init__(

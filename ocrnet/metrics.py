@@ -22,10 +22,11 @@ class ConfusionMatrix:
         """Count pixels. Both are integer tensors of one shape; targets are 0 .. 255.
 
         Raises:
-            ValueError: they are not integer tensors of one shape, or a value is not a class.
+            ValueError: they are not integer tensors of one shape with pixels, or a value is not a class.
         """
-        if target.shape != prediction.shape or target.is_floating_point() or prediction.is_floating_point():
-            raise ValueError(f"expected integer tensors of one shape, found {target} and {prediction}")
+        valid = all(isinstance(x, Tensor) and not x.is_floating_point() for x in (target, prediction))
+        if not valid or target.shape != prediction.shape or not target.numel():
+            raise ValueError(f"expected integer tensors of one shape with pixels, found {target} and {prediction}")
         k = len(self.counts)
         low, high = prediction.aminmax()
         if low < 0 or high >= k:

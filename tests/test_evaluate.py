@@ -54,6 +54,13 @@ def test_images_of_any_size_are_colored_and_explained(main, trained, image, tmp_
     assert long_sides == [50]
 
 
+@pytest.mark.skipif("CAMVID" not in os.environ, reason="CAMVID names the prepared data set")
+def test_the_model_in_the_box_has_its_score(script, tmp_path):
+    flags = ["--ckpt", ROOT / ".assets/camvid.pt", "--data-path", os.environ["CAMVID"], "--device", "cpu"]
+    script("evaluate.py", *flags, "--json", tmp_path / "x.json", processes=2)
+    assert json.loads((tmp_path / "x.json").read_text())["mIoU"] == pytest.approx(0.7008, abs=1e-3)
+
+
 def test_the_model_in_the_box_says_what_it_is_and_colors_its_street_at_any_size(main, tmp_path, capsys):
     street, flags = ROOT / ".assets/street.jpg", ["--ckpt", ROOT / ".assets/camvid.pt", "--device", "cpu"]
     with pytest.raises(InputError, match=f"^--data-path {tmp_path / 'missing'}: "):

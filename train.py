@@ -192,6 +192,8 @@ def print_setup(
     """Print what is trained, on what, and how. ``size`` is the images' (H, W), ``batch`` the global batch."""
     print0, (h, w) = accelerator.print0, args.crop_size
     print0(f"{args.model}, head {args.head}: {sum(p.numel() for p in net.parameters()):,} parameters, on {accelerator}")
+    if iteration == args.max_iters:
+        print0(f"all {iteration:,} iterations are done; --output-dir DIR starts another run")
     iterations = f"{args.max_iters:,} iterations" + (f" after {iteration:,}" if iteration else "")
     print0(f"{iterations} of {batch} crops of {h}x{w}, lr {args.lr}, seed {args.seed}; output in {args.output_dir}")
     if batch != 8 and args.lr == RECIPE_LR and not any(arg.startswith("--lr") for arg in sys.argv):

@@ -117,8 +117,8 @@ def compare_losses(first: Log, second: Log) -> tuple[np.ndarray, np.ndarray]:
         )
     x, other_x = ([entry["iter"] for entry in entries] for entries in common)
     losses = ([entry["loss"] for entry in entries] for entries in common)
-    # 0 * values: a loss that is not finite is equal to none
-    a, b = (smooth(values, smoothing_window(values)) + 0 * np.array(values) for values in losses)
+    # a loss that is not finite is equal to none
+    a, b = (np.where(np.isfinite(values), smooth(values, smoothing_window(values)), np.nan) for values in losses)
     return a, np.interp(x, other_x, b)
 
 

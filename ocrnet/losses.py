@@ -18,11 +18,7 @@ def cross_entropy(logits: Tensor, label: Tensor, class_weights: Tensor | None = 
     """The sum over the pixels that are not ignored, divided by the number of *all* pixels, as in mmsegmentation.
 
     A crop of ignored pixels gives 0, and processes whose crops have different numbers of ignored pixels weigh the same.
-
-    Args:
-        logits: (B, K, H, W), of any floating type; the loss is in fp32 or wider.
-        label: (B, H, W) int64.
-        class_weights: (K,).
+    logits (B, K, H, W), label (B, H, W) int64, class_weights (K,). The loss is in fp32 or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     per_pixel = F.cross_entropy(logits, label, class_weights, ignore_index=IGNORE_INDEX, reduction="none")  # (B, H, W)
@@ -30,14 +26,11 @@ def cross_entropy(logits: Tensor, label: Tensor, class_weights: Tensor | None = 
 
 
 def ocr_loss(outputs: Sequence[Tensor], label: Tensor, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """final loss + 0.4 * auxiliary loss.
+    """final loss + 0.4 * auxiliary loss; and its detached parts (final, auxiliary), (2,).
 
     Args:
-        outputs: logits and, except with FCNHead, region_logits, (B, K, H, W) each.
+        outputs: of OCRNet. With FCNHead there are no region_logits, and the auxiliary loss is 0.
         label, class_weights: see ``cross_entropy``.
-
-    Returns:
-        The loss, and its detached parts (final, auxiliary), (2,). The latter is 0 with FCNHead.
     """
     logits, *region_logits = outputs
     final_loss = cross_entropy(logits, label, class_weights)

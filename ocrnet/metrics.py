@@ -1,7 +1,4 @@
-"""IoU, as cityscapesScripts' evalPixelLevelSemanticLabeling defines it.
-
-Notation: K classes.
-"""
+"""IoU, as cityscapesScripts' evalPixelLevelSemanticLabeling defines it. Notation: K classes."""
 
 import torch
 from torch import Tensor
@@ -10,32 +7,27 @@ from .data.classes import IGNORE_INDEX
 
 
 class ConfusionMatrix:
-    """K x K pixel counts: rows are labels, columns predictions.
+    """K x K pixel counts, on ``device``: rows are labels, columns predictions. Pixels labeled 255 are ignored.
 
     >>> confusion = ConfusionMatrix(num_classes=2)
     >>> confusion.update(target=torch.tensor([0, 0, 1, 255]), prediction=torch.tensor([0, 1, 1, 0]))
     >>> confusion.counts.tolist(), confusion.iou().tolist()
     ([[1, 1], [0, 1]], [0.5, 0.5])
-
-    Args:
-        num_classes: K. Pixels labeled 255 are ignored.
-        device: of the counts.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
-        self.num_classes = num_classes
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, target: Tensor, prediction: Tensor) -> None:
         """Count pixels. Both are integer tensors of one shape; targets are 0 .. 255.
 
         Raises:
-            ValueError: they are not integer tensors of one shape, there is no pixel, or a value is not a class.
+            ValueError: they are not integer tensors of one shape with pixels, or a value is not a class.
         """
-        for x in (target, prediction):
-            if not isinstance(x, Tensor) or x.is_floating_point() or x.shape != target.shape or not x.numel():
-                raise ValueError(f"expected integer tensors of one shape with pixels, found {target} and {prediction}")
-        k = self.num_classes
+        valid = all(isinstance(x, Tensor) and not x.is_floating_point() for x in (target, prediction))
+        if not valid or target.shape != prediction.shape or not target.numel():
+            raise ValueError(f"expected integer tensors of one shape with pixels, found {target} and {prediction}")
+        k = len(self.counts)
         low, high = prediction.aminmax()
         if low < 0 or high >= k:
             raise ValueError(f"prediction: expected values 0 .. {k - 1}, found {low} .. {high}")

@@ -34,7 +34,7 @@ def error_map(label: np.ndarray, prediction: np.ndarray, table: ClassTable) -> n
 
 
 def image_axes(
-    image: np.ndarray, rows: int, columns: int, width: float, margin: float = 0.6, title: float = 0.3
+    image: np.ndarray, rows: int, columns: int, width: float, margin: float, title: float = 0.3
 ) -> tuple[plt.Figure, np.ndarray]:
     """A figure of axes in the shape of ``image``, at most twice as tall as wide. Return it and its axes.
 

@@ -4,7 +4,7 @@ A device holds one or two 512x1024 crops, too few for BatchNorm's statistics. Sy
 all processes, so R processes with batch size b are equivalent to one process with batch size R * b.
 torch.nn.SyncBatchNorm has CUDA kernels only; this version uses ordinary operations and all_reduce.
 
-With n values per channel over all processes, mean mu and variance s^2, and x^ = (x - mu) / sqrt(s^2 + eps):
+With x^ = (x - mu) / sqrt(s^2 + eps):
 
     forward     y  = gamma x^ + beta
     backward    dx = gamma / sqrt(s^2 + eps) * (dy - sum(dy) / n - x^ sum(dy x^) / n)
@@ -13,18 +13,13 @@ mu, s^2 and both sums of the backward pass are over all processes: one all_reduc
 beta stay local, as those of every parameter: DDP averages them. Each pass over x is one of PyTorch's BatchNorm kernels,
 which are several times faster than elementwise operations.
 
-Notation: B batch, C channels, H W size, R processes, n values per channel over all processes.
+Notation: B batch, C channels, H W size, R processes; per channel n values over all processes, mean mu, variance s^2.
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """weight * (x - mean) / sqrt(var + eps) + bias, with these statistics."""
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -48,7 +43,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, n)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, n)
-        return batch_norm(x, mean, var, weight, bias, eps), mean, var, n
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, n
 
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
@@ -61,7 +56,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         dist.all_reduce(sums)
         # the other two terms are -(a x^ + b), a batch norm of x with other gamma and beta
         b, a = sums / n * weight * (var + ctx.eps).rsqrt()
-        return dx - batch_norm(x, mean, var, a, b, ctx.eps), dy_x_hat, sum_dy, None
+        return dx - F.batch_norm(x, mean, var, a, b, eps=ctx.eps), dy_x_hat, sum_dy, None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -76,8 +71,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         y, mean, var, n = _SyncBatchNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * n / (n - 1)).to(self.running_var.dtype), self.momentum)  # unbiased
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)  # unbiased
             self.num_batches_tracked += 1
         return y
 

@@ -26,10 +26,7 @@ def test_two_ranks_score_five_images_as_one_does(script, main, trained, data, tm
     main("evaluate.py", *flags, "--json", tmp_path / "new/one.json")
     done = script("evaluate.py", *flags, "--json", tmp_path / "two.json", processes=2)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("new/one.json", "two.json"))
-    assert one == two and one["images"] == 5
-    labels = [read_label(sample.label, CITYSCAPES) for sample in find_samples(data, "val")]
-    assert sum(one["pixels"].values()) == sum((label != 255).sum() for label in labels)
-    assert one["mIoU"] == entries(trained / "log.jsonl", "val")[-1]["mIoU"]  # as training logged it
+    assert one == two and (one["images"], one["mIoU"]) == (5, entries(trained / "log.jsonl", "val")[-1]["mIoU"])
     assert re.findall(r"^mIoU ([\d.]+)", done.stdout, re.MULTILINE) == [f"{100 * one['mIoU']:.2f}"]  # by rank 0
     main("evaluate.py", *flags, "--json", tmp_path / "two.json", "--split", "train")  # over its own scores
     assert json.loads((tmp_path / "two.json").read_text())["images"] == 6

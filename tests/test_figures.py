@@ -36,6 +36,7 @@ def figures(monkeypatch):
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.update({path.name: figure}))
     yield figures
     plt.close("all")
+    assert all(figure.get_layout_engine() for figure in figures.values())  # nothing overlaps
 
 
 def texts(labels):
@@ -70,6 +71,7 @@ def test_matrix_shows_its_numbers_at_their_places(figures):
     numbers = [(*x.get_position(), x.get_text(), x.get_color()) for x in axis.texts if x.get_ha() == "center"]
     assert numbers == [(0, 0, ".50", "white"), (1, 0, "2.00", "black"), (2, 0, "1.21", "black"), (2, 1, ".01", "white")]
     assert texts(axis.get_xticklabels()) == ["c", "d", "e"] and texts(axis.get_yticklabels()) == ["a", "b"]
+    assert {label.get_rotation() for label in axis.get_xticklabels()} == {45}  # or long names overlap
     assert np.array_equal(image.get_array(), values, equal_nan=True) and image.get_clim() == (0, 2)
 
 
@@ -77,11 +79,11 @@ def test_legend_has_the_colors_of_the_classes_in_rows_that_are_about_equally_lon
     figure, narrow = plt.figure(figsize=(13, 3)), plt.figure(figsize=(1, 3))
     class_legend(figure, [*range(11), 255], CITYSCAPES)  # eight fit in a row
     (legend,) = figure.legends
-    colors = np.array([patch.get_facecolor()[:3] for patch in legend.get_patches()])
     figure.draw_without_rendering()
     rows = Counter(round(text.get_window_extent().y0) for text in legend.get_texts())
     assert texts(legend.get_texts()) == NAMES[:11] and sorted(rows.values()) == [5, 6]
-    np.testing.assert_allclose(255 * colors, CITYSCAPES.palette[:11])
+    colors = [patch.get_facecolor()[:3] for patch in legend.get_patches()]
+    np.testing.assert_allclose(colors, CITYSCAPES.palette[:11] / 255)
     class_legend(narrow, range(2), CITYSCAPES), class_legend(narrow, [], CITYSCAPES)
     assert figure.get_figheight() == narrow.get_figheight() == pytest.approx(3.2)  # two rows
 
@@ -89,7 +91,7 @@ def test_legend_has_the_colors_of_the_classes_in_rows_that_are_about_equally_lon
 def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
     confusion = ConfusionMatrix(19)
     confusion.update(torch.tensor([0, 0, 0, 0, 13]), torch.tensor([0, 0, 0, 13, 13]))
-    plots.save_scores(tmp_path / "scores.png", confusion, CITYSCAPES, "iteration 4")
+    plots.save_scores(tmp_path / "scores.png", confusion, CITYSCAPES, "it. 4")
     bars, matrix, color_bar = figures["scores.png"].axes
     widths = [{0: 75, 13: 50}.get(k, 0) for k in range(19)]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx(widths)
@@ -101,9 +103,8 @@ def test_scores_are_those_of_the_confusion_matrix(tmp_path, figures):
     assert bars.get_ylim() == (18.5, -0.5) and bars.get_xlim() == pytest.approx((0, 112))  # the first on top
     shares = {text.get_position(): text.get_text() for text in matrix.texts}
     assert shares == {(0, 0): "75", (13, 0): "25", (13, 13): "100"} and np.ma.getmaskarray(shown(matrix))[1].all()
-    assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("prediction", "label")
-    assert matrix.images[0].get_clim() == color_bar.get_ylim() == (0, 100)
-    assert texts(figures["scores.png"].texts) == ["iteration 4"]
+    assert [matrix.get_xlabel(), matrix.get_ylabel(), *texts(matrix.figure.texts)] == ["prediction", "label", "it. 4"]
+    assert matrix.images[0].get_clim() == color_bar.get_ylim() == (0, 100) and "%" in color_bar.get_ylabel()
     confusion = ConfusionMatrix(60)
     confusion.update(torch.arange(60), torch.arange(60))
     many = ClassTable([Label(str(k), k, k, (k, k, k)) for k in range(60)])
@@ -215,6 +216,7 @@ def explained(model, tmp_path_factory):
         explain.explain_images(model, {folder / "a.png": Path("b")}, folder / "small", CITYSCAPES, CPU, long_side=70)
         with pytest.raises(InputError, match=f"^{folder}: "):  # among the images
             explain.explain_images(model, {folder / "a.png": Path("b")}, folder, CITYSCAPES, CPU)
+    assert all(figure.get_layout_engine() for figure in figures.values())  # nothing overlaps
     yield {str(path.relative_to(folder)): figure for path, figure in figures.items()}
     plt.close("all")
 
@@ -224,7 +226,7 @@ def test_regions_are_shown_in_multiples_of_the_mean_weight(explained, explanatio
     image = Image.fromarray(IMAGE.permute(1, 2, 0).numpy())
     small = shown(explained["small/b_1_regions.png"].axes[0])
     assert np.array_equal(shown(axes[0]), image) and np.array_equal(small, image.resize((70, 46), Image.BILINEAR))
-    assert len(axes) == 20 and not any(axis.axison for axis in axes)
+    assert len(axes) == 20 and not any(axis.axison for axis in axes) and texts(bar.figure.texts)[0].startswith("1.")
     assert bar.get_xlim() == pytest.approx((0.01, 100)) and "1/N" in bar.get_xlabel()
     for axis, name, weights in zip(axes[1:], NAMES, explanation.m, strict=True):
         np.testing.assert_allclose(shown(axis), (weights * weights.numel()).clip(min=0.01), rtol=1e-5)
@@ -239,7 +241,7 @@ def test_representations_are_compared_by_their_cosines(explained, explanation):
     axis, bar = explained["out/city/b_2_representations.png"].axes
     expected = F.cosine_similarity(explanation.f[:, None], explanation.f[None], dim=2)
     np.testing.assert_allclose(shown(axis), expected, rtol=1e-5)
-    assert axis.images[0].get_clim() == bar.get_ylim() == (0, 1)
+    assert axis.images[0].get_clim() == bar.get_ylim() == (0, 1) and "cosine" in bar.get_ylabel()
     assert texts(axis.get_xticklabels()) == texts(axis.get_yticklabels()) == NAMES
     assert not shown(explain.draw_representations(np.zeros((19, 4)), CITYSCAPES).axes[0]).any()  # no nan
 
@@ -254,6 +256,9 @@ def test_relation_is_that_of_the_most_confident_pixels(explained, explanation):
         marks.append((x, y, "o", False, x, y, str(number)))  # whole at the border
     np.testing.assert_allclose(shown(matrix), torch.stack(rows), rtol=1e-5)
     assert texts(matrix.get_xticklabels()) == NAMES and texts(matrix.get_yticklabels()) == names
+    assert all(
+        (matrix.get_xlabel(), matrix.get_ylabel(), bar.get_ylabel(), texts(bar.figure.texts)[0].startswith("3."))
+    )
     assert {len(text.get_text()) for text in matrix.texts} == {3} and not where.axison  # .25
     assert marks == [
         (*line.get_xydata()[0], line.get_marker(), line.get_clip_on(), *text.get_position(), text.get_text())
@@ -262,13 +267,15 @@ def test_relation_is_that_of_the_most_confident_pixels(explained, explanation):
     assert bar.lines[0].get_ydata() == pytest.approx([1 / 19] * 2) and bar.texts[0].get_position()[1] == 1 / 19
 
 
-def test_relation_is_shown_in_colors_that_fit_its_values(figures):
+def test_relation_is_shown_for_the_frequent_classes_in_colors_that_fit_its_values(figures):
     final, w = np.arange(19)[None].repeat(8, axis=0), np.full((19, 4, 4), 1 / 19)
     for largest, top in ((1 / 19, 2 / 19), (0.8, 0.8)):  # 1/K is half way at most
         w[7, 0, 3] = largest
         figure = explain.draw_relation(np.zeros((8, 19, 3)), w, final, np.ones((8, 19)), CITYSCAPES)
         assert figure.axes[1].images[0].get_clim() == pytest.approx((0, top)) and figure.get_figheight() > 0.36 * 19
     assert explain.draw_relation(np.zeros((8, 19, 3)), w, 0 * final, final / 19, CITYSCAPES).get_figheight() < 0.36 * 19
+    assert explain.most_confident_pixels(np.array([[5, 5, 1, 2, 2]]), np.ones((1, 5)), count=2) == [(3, 0), (0, 0)]
+    assert len(explain.most_confident_pixels(np.arange(50)[None], np.ones((1, 50)))) == 20
 
 
 def test_segmentations_are_shown_with_what_changed_and_how_sure_it_is(explained, explanation):
@@ -281,9 +288,5 @@ def test_segmentations_are_shown_with_what_changed_and_how_sure_it_is(explained,
         np.testing.assert_allclose(shown(axis), expected)
         assert title in axis.get_title() and axis.images[0].get_interpolation() == "nearest"
     assert 0 < changed.mean() < 1 and axes[3].images[0].get_clim() == bar.get_ylim() == (0, 1)
+    assert texts(bar.figure.texts)[0].startswith("4.")
     assert texts(bar.figure.legends[0].get_texts()) == [NAMES[k] for k in torch.cat([aux, final]).unique()]
-
-
-def test_of_many_classes_the_frequent_ones_have_a_pixel():
-    assert explain.most_confident_pixels(np.array([[5, 5, 1, 2, 2]]), np.ones((1, 5)), count=2) == [(3, 0), (0, 0)]
-    assert len(explain.most_confident_pixels(np.arange(50)[None], np.ones((1, 50)))) == 20

@@ -71,7 +71,8 @@ def test_an_image_is_seen_at_its_long_side_and_its_outputs_have_its_own_size():
         model = Convolution(align_corners=long_side < 20)
         pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         outputs = make_forward(model, CPU, long_side=long_side)(to_tensor(pixels)[None])
-        (mean,) = make_forward(model, CPU, flip=True, long_side=long_side)(to_tensor(pixels)[None])
+        model.long_side = long_side  # of its training images, the default
+        (mean,) = make_forward(model, CPU, flip=True)(to_tensor(pixels)[None])
         small = to_tensor(Image.fromarray(pixels).resize(seen[::-1], Image.BILINEAR))  # with antialiasing
         torch.testing.assert_close(model.images[0], preprocess(small[None]), rtol=0, atol=0.02)  # PIL rounds
         logits = model.layer(model.images[0].clone())  # a normal tensor
@@ -223,8 +224,7 @@ def test_evaluation_counts_every_pixel_once_and_averages_the_criterion(data, mon
     for image, label in dataset:
         expected.update(label, image[0] % 19)
     assert torch.equal(confusion.counts, expected.counts) and confusion.counts.sum() > 100_000
-    assert len(means) == 5 and loss == pytest.approx(sum(means).item() / 5)
-    assert evaluate(by_red, dataset, CPU)[1] == 0
+    assert (len(means), loss, evaluate(by_red, dataset, CPU)[1]) == (5, pytest.approx(sum(means).item() / 5), 0)
     unlabeled = [(image, torch.full_like(label, 255)) for image, label in dataset]
     monkeypatch.setattr(EvalDataset, "__getitem__", lambda _, index: unlabeled[index])
     with pytest.raises(InputError, match=f"^{dataset.samples[0].label} "):

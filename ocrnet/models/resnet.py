@@ -9,19 +9,15 @@ Notation: B batch, H W the image's size.
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
-from torchvision.models.resnet import ResNet as TorchvisionResNet
+from torchvision.models import resnet
 
 from .hrnet import conv_bn_relu, init_weights
 
 
-class ResNet(TorchvisionResNet):
+class ResNet(resnet.ResNet):
     """image (B, 3, H, W) -> stage 3 (B, 1024, H/8, W/8) for the regions, stage 4 (B, 2048, H/8, W/8) for the pixels.
 
-    Parameter names are torchvision's, so its ImageNet weights load unchanged.
-
-    Args:
-        layers: bottlenecks in each of the four stages.
+    ``layers`` are the bottlenecks of each stage. Parameter names are torchvision's, so its ImageNet weights load.
     """
 
     out_channels = (1024, 2048)
@@ -30,7 +26,7 @@ class ResNet(TorchvisionResNet):
     head_channels = (512, 256)  # channels and key_channels of OCRHead
 
     def __init__(self, layers: Sequence[int]):
-        super().__init__(Bottleneck, list(layers), replace_stride_with_dilation=[False, True, True])
+        super().__init__(resnet.Bottleneck, list(layers), replace_stride_with_dilation=[False, True, True])
         del self.avgpool, self.fc
         init_weights(self)
 

@@ -5,15 +5,14 @@
     python prepare_cityscapes.py --data-path data/own   images, labels and classes.json are in data/own: a check
     python prepare_cityscapes.py --synthetic            write the generated data set
 
-Only missing files are written, and those that were cut off while they were unpacked, so the script can be interrupted
-and run again. Training needs the images and
-_labelIds.png only; _labelTrainIds.png are for other programs.
+Only files that are missing or cut off are written, so the script can be interrupted and run again. Training needs the
+images and _labelIds.png only; _labelTrainIds.png are for other programs.
 """
 
 import json
 import zipfile
 import zlib
-from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,18 +22,8 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map
 
 from ocrnet import InputError
-from ocrnet.data.classes import CITYSCAPES, ClassTable, read_classes
-from ocrnet.data.datasets import (
-    Sample,
-    count_pixels,
-    find_images,
-    find_samples,
-    image_folder,
-    label_paths,
-    open_image,
-    read_sample,
-    split_folder,
-)
+from ocrnet.data.classes import CITYSCAPES, IGNORE_INDEX, ClassTable, read_classes
+from ocrnet.data.datasets import Sample, count_values, find_samples, image_folder, read_sample, split_folder
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.files import atomic_write
 from ocrnet.script import make_parser, run_script
@@ -55,30 +44,25 @@ def main() -> None:
         write_dataset(root)
     for name, ending in ZIPS.items() if args.zips else ():
         unpack(args.zips / name, ending, root)
-    splits = sorted(path.name for path in image_folder(root).glob("[!.]*") if path.is_dir())
+    splits = sorted(path.name for path in image_folder(root).glob("[!.]*") if path.is_dir()) or ["train"]
     if split_folder(root, "train").name == "images":
         splits = ["train", "val"]  # drawn by name
-    if not splits:
-        raise InputError(
-            f"--data-path {root}: expected a folder leftImg8bit or images with folders train and val; Cityscapes' zips "
-            f"are at https://www.cityscapes-dataset.com, and --synthetic needs none"
-        )
     if image_folder(root).name == "images" and not (root / "classes.json").exists():
-        print_starter(root)
-        raise InputError(f"{root / 'classes.json'}: expected the classes: name those above, and save them there")
+        print_starter(find_samples(root, "train"))
     table, shares = read_classes(root), {}
     for split in splits:
         try:
             samples = find_samples(root, split)
-        except InputError:
+        except InputError as error:
             if split in ("train", "val"):
                 raise
-            print(f"{split}: {len(find_images(root, split))} images without labels")
+            print(f"{split}: left out ({error})")
             continue
         check_one = partial(check_sample, table=table, convert=table is CITYSCAPES)
         counts = sum(process_map(check_one, samples, chunksize=8, desc=split, disable=None))
-        shares[split] = counts[:-1] / max(counts[:-1].sum(), 1)
-        print(f"{split}: {len(samples)} images, {counts[:-1].sum() / counts.sum():.1%} of their pixels labeled")
+        labeled = counts[:IGNORE_INDEX].sum()
+        shares[split] = counts / max(labeled, 1)
+        print(f"{split}: {len(samples)} images, {labeled / counts.sum():.1%} of their pixels labeled")
     width = max(map(len, ("class", *table.names))) + 2
     print(f"\n{'class':{width}}" + "".join(f"{split:>9}" for split in shares))
     for k, name in enumerate(table.names):
@@ -88,64 +72,44 @@ def main() -> None:
 
 
 def unpack(path: Path, ending: str, root: Path) -> None:
-    """Extract the files whose name ends with ``ending``, unless they are there. Those that were cut off are completed.
+    """Extract the files whose name ends with ``ending`` that are missing or cut off. Others, as corrected labels, stay.
 
-    Raises:
-        InputError: the file is missing, is not a zip, or is damaged.
+    Raise InputError if ``path`` is not a zip, or is damaged.
     """
-    changed = []
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith(ending)]
             for entry in tqdm(entries, desc=path.name, disable=None):
-                target = root.joinpath(
-                    *(part for part in Path(entry.filename).parts if part.strip("/") not in ("", ".."))
-                )
-                if not target.exists() or target.stat().st_size != entry.file_size:
-                    content = archive.read(entry)
-                    if target.exists() and not content.startswith(target.read_bytes()):
-                        changed.append(target)  # by the user
-                    else:
-                        with atomic_write(target) as part:
-                            part.write_bytes(content)
+                target = root.joinpath(*(x for x in Path(entry.filename).parts if x.strip("/") not in ("", "..")))
+                old = target.stat().st_size if target.exists() else 0
+                content = archive.read(entry) if old < entry.file_size else b""
+                if content and (not old or content.startswith(target.read_bytes())):
+                    with atomic_write(target) as part:
+                        part.write_bytes(content)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: a password
         raise InputError(f"{path}: expected a zip, found another or a damaged file ({error})") from None
-    if changed:
-        print(f"NOTE: {len(changed)} files differ from those in {path}, and stay: {changed[0]} and so on")
 
 
-def print_starter(root: Path) -> None:
-    """Print the values or colors of the training labels, with their shares, and a classes.json that has them."""
-    counts: Counter = Counter()
-    for image in tqdm(find_images(root, "train"), desc="values", disable=None):
-        path = label_paths(image, root)[0]
-        label = open_image(path)
-        label = label.convert("RGB") if label.mode == "RGBA" else label
-        if label.mode not in ("L", "P", "RGB"):
-            raise InputError(f"{path}: expected a label of one 8-bit channel, or RGB, found mode {label.mode}")
-        counts.update({value: count for count, value in label.getcolors(label.width * label.height)})
-    common = dict(counts.most_common(254))
-    for value, count in common.items():
+def print_starter(samples: Sequence[Sample]) -> None:
+    """Print the values or colors of labels, with their shares, and a classes.json that has them."""
+    counts, rows = count_values(samples), []
+    common = counts.most_common(254)
+    for value, count in common:
         print(f"{count / counts.total():8.3%} of the pixels are {value}")
-    rows = []
-    for k, value in enumerate(sorted(common, key=lambda x: (isinstance(x, tuple), x))):
-        is_color = isinstance(value, tuple)
-        color = value if is_color else CITYSCAPES.palette[k % len(CITYSCAPES)].tolist()
-        rows.append({"name": f"class {k}", "id": -1 if is_color else value, "train_id": k, "color": color})
+    for k, value in enumerate(sorted((value for value, _ in common), key=lambda x: (isinstance(x, tuple), x))):
+        key, color = (-1, value) if isinstance(value, tuple) else (value, CITYSCAPES.palette[k % 19].tolist())
+        rows.append({"name": f"class {k}", "id": key, "train_id": k, "color": color})
     print("[\n    " + ",\n    ".join(map(json.dumps, rows)) + "\n]")
 
 
 def check_sample(sample: Sample, table: ClassTable, convert: bool) -> np.ndarray:
-    """Read image and label. Return the pixels of each class, the ignored ones last, int64 (K + 1,).
-
-    With ``convert`` also write the missing ``_labelTrainIds.png``, as cityscapesScripts' createTrainIdLabelImgs does.
-    """
+    """Return the pixels of each train id, int64 (256,). With ``convert`` write the missing ``_labelTrainIds.png``."""
     _, label = read_sample(sample, table)
     target = sample.label.with_name(sample.label.name.replace("_labelIds", "_labelTrainIds"))
     if convert and not target.exists():
         with atomic_write(target) as part:
             Image.fromarray(label).save(part, format="PNG")
-    return count_pixels(label, len(table))
+    return np.bincount(label.ravel(), minlength=IGNORE_INDEX + 1)
 
 
 if __name__ == "__main__":

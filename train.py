@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ocrnet.batches import Batches
 from ocrnet.checkpoint import restore_model
 from ocrnet.data.classes import balanced_weights, read_classes
-from ocrnet.data.datasets import EvalDataset, TrainDataset, count_classes, find_samples, median_size
+from ocrnet.data.datasets import EvalDataset, TrainDataset, check_labels, count_classes, find_samples, median_size
 from ocrnet.data.synthetic import write_dataset
 from ocrnet.data.transforms import preprocess
 from ocrnet.device import AMP_DTYPES, DEVICES, Accelerator
@@ -60,6 +60,7 @@ def main() -> None:
     train_set = TrainDataset(samples, table, args.crop_size, args.seed, args.scale_range, args.color_jitter)
     val_set = EvalDataset(find_samples(args.data_path, "val"), table)
     print0(f"{args.data_path}: {len(train_set)} training and {len(val_set)} validation images, {len(table)} classes")
+    check_labels(train_set, val_set, print0)
 
     # model
     torch.manual_seed(args.seed)
@@ -177,7 +178,9 @@ def validate(
         draw_run(run.folder, forward, val_set, confusion, f"iteration {run.iteration}")
     run.save("last.pt")
     net.train()
-    accelerator.print0(f"iter {run.iteration}: mIoU {miou:.2%}, pixel accuracy {accuracy:.2%}, loss {loss:.4f}")
+    classes = f"{sum(x is not None for x in scores['IoU'].values())} of {len(scores['IoU'])} classes"
+    score = f"mIoU {miou:.2%} ({classes}), pixel accuracy {accuracy:.2%}"
+    accelerator.print0(f"iter {run.iteration}: {score}, loss {loss:.4f}")
 
 
 def prepare_batch(batch: Sequence[Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,8 @@ def test_values_and_colors_become_train_ids_and_the_first_row_names_a_class(rows
 def test_an_unknown_value_or_color_is_named_with_its_share():
     colors = [[[0, 0, 0], [1, 2, 3]], [[0, 255, 0], [0, 0, 0]]]
     values = [([[value]], rf"^100.* value {value}: ") for value in range(255) if value not in (0, 7, 9)]
-    for label, found in [([[0, 0], [5, 8]], "^50.* value 5: "), (colors, r"^25.* color \[1, 2, 3\]: "), *values]:
+    soft = [[1, 2, 3, 4, 5]], "5 such values"  # more than the table has rows
+    for label, found in [([[0, 0], [5, 8]], "^50.* value 5: "), (colors, r"^25.* color \[1, 2, 3\]: "), soft, *values]:
         with pytest.raises(InputError, match=found):
             ids_of(label)
 
@@ -86,6 +87,11 @@ def test_up_to_254_classes_without_ids_are_accepted_and_the_value_255_is_ignored
 
 
 def test_the_table_is_that_of_classes_json(tmp_path):
+    assert read_classes(tmp_path) is CITYSCAPES
+    (tmp_path / "images").mkdir()
+    with pytest.raises(InputError, match=f"^{tmp_path / 'classes.json'}: "):
+        read_classes(tmp_path)
+    (tmp_path / "leftImg8bit").mkdir()
     assert read_classes(tmp_path) is CITYSCAPES
     (tmp_path / "classes.json").write_text(json.dumps(ROWS))
     table = read_classes(tmp_path)

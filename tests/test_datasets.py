@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -51,12 +52,23 @@ def test_images_and_labels_of_the_plain_layout_are_found_and_mapped(root):
 @pytest.mark.parametrize("made, used", [
     (["images/"], "images"), (["images/", "leftImg8bit"], "images"), (["images/", "images/val"], "images"),
     ([], "leftImg8bit/val"), (["images"], "leftImg8bit/val"), (["images/", "leftImg8bit/"], "leftImg8bit/val"),
-    *(([f"images/{x}/"], "images/val") for x in ("train", "val", "test", "training", "validation", "valid")),
+    (["images/valley/", "images/Trainstation/", "images/testing"], "images"),
+    *(([f"images/{x}/"], "images/val") for x in ("train", "val", "test")),
 ])  # fmt: skip
 def test_a_split_is_in_the_folder_images_unless_there_is_leftImg8bit(tmp_path, made, used):
     for name in made:
         (tmp_path / name).mkdir(parents=True) if name.endswith("/") else (tmp_path / name).touch()
     assert datasets.split_folder(tmp_path, "val") == tmp_path / used
+
+
+def test_folders_that_are_named_like_splits_are_refused_until_the_split_is_there(tmp_path):
+    for i, name in enumerate(("Val", "VALIDATION", "valid", "val2017", "val_2017", "Training", "train images", "TEST")):
+        folder = tmp_path / str(i) / ("images", "leftImg8bit")[i % 2]
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(InputError, match=f"^{folder / 'val'}: .*{name}"):
+            datasets.split_folder(folder.parent, "val")
+        (folder / "val").mkdir()
+        assert datasets.split_folder(folder.parent, "val") == folder / "val"
 
 
 def test_images_are_found_by_their_endings_in_any_case_but_not_hidden_ones(tmp_path):
@@ -65,20 +77,20 @@ def test_images_are_found_by_their_endings_in_any_case_but_not_hidden_ones(tmp_p
     for name in (*names, "x.gif", "x.txt", "png", "._0.png", ".hidden/x.png"):
         (tmp_path / "images/val" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images/val" / name).touch()
-    assert datasets.find_images(tmp_path, "val") == [tmp_path / "images/val" / name for name in names]
+    assert list(datasets.find_images(tmp_path, "val")) == [tmp_path / "images/val" / name for name in names]
 
 
 def test_without_folders_of_splits_a_fifth_is_for_validation_by_name(tmp_path):
     folder = tmp_path / "images"
     (folder / "day").mkdir(parents=True)
-    for names, found in (((), r".*\.webp"), (("0",), "none of 1 .*val")):
+    for names, found in (((), r".*\.webp"), (("0",), "expected images of val .*none among 1;")):
         for name in names:
             (folder / f"day/{name}.jpg").touch()
         with pytest.raises(InputError, match=f"^{folder}: {found}"):
             datasets.find_images(tmp_path, "val")
     for name in (os.fsdecode(b"stra\xdfe"), *range(40)):  # no UTF-8, as in old zips
         (folder / f"day/{name}.jpg").touch()
-    train, val = (datasets.find_images(tmp_path, split) for split in ("train", "val"))
+    train, val = ([*datasets.find_images(tmp_path, split)] for split in ("train", "val"))
     assert [path.stem for path in val] == ["12", "29", "31", "37", "6"]
     assert len(train) == 36 and train == sorted(train)
     with pytest.raises(InputError, match="^--split test: "):
@@ -89,6 +101,9 @@ def test_files_of_cityscapes_are_found_with_label_ids_before_train_ids(data, tmp
     shutil.copytree(data, tmp_path, dirs_exist_ok=True)
     first = find_samples(tmp_path, "val")[0]
     save(first.image.with_name("other.png"), [[0]])
+    for path in find_samples(tmp_path, "val")[1]:
+        path.rename(path.with_suffix(".PNG"))
+    assert [path.suffix for path in find_samples(tmp_path, "val")[1]] == [".PNG"] * 2
     assert first.label.name.endswith("_gtFine_labelIds.png")
     train_ids = read_label(first.label, CITYSCAPES)
     other = first.label.with_name(first.label.name.replace("labelIds", "labelTrainIds"))
@@ -107,8 +122,8 @@ def test_files_of_cityscapes_are_found_with_label_ids_before_train_ids(data, tmp
 
 
 def test_a_data_set_that_cannot_be_read_is_named(root):
-    two_of_one_name = "images/train/a.png", lambda path: save(path, np.zeros((2, 4, 3)))
-    for name, damage in (two_of_one_name, ("images/train", shutil.rmtree), ("classes.json", os.remove)):
+    two_of_one_name = "images/train/a.PNG", lambda path: save(path, np.zeros((2, 4, 3)))
+    for name, damage in (two_of_one_name, ("images/train", shutil.rmtree)):
         damage(root / name)
         with pytest.raises(InputError, match=f"^{root / name}: "):
             find_samples(root, "train")
@@ -118,8 +133,8 @@ def test_links_are_followed_also_in_circles_and_pipes_are_left_out(root, tmp_pat
     (root / "images/train/link").symlink_to(root / "images/train/day")
     (root / "images/train/circle").symlink_to(root / "images")
     os.mkfifo(root / "images/train/pipe.png")
-    names = [path.name for path in datasets.list_files(root / "images/train")]
-    assert sorted(names) == ["a.jpg", "a.tif", "b.c.JPEG", "d.PNG"]
+    files = datasets.list_files(root / "images/train", datasets.IMAGE_SUFFIXES).values()
+    assert sorted(path.name for paths in files for path in paths) == ["a.jpg", "a.tif", "b.c.JPEG", "d.PNG"]
 
 
 def test_damaged_absent_and_gigantic_images_are_named(tmp_path, monkeypatch):
@@ -143,6 +158,8 @@ def test_images_of_any_mode_become_rgb(tmp_path):
     save(tmp_path / "rgba.png", np.stack([gray, gray, gray, 0 * gray], axis=2))
     Image.fromarray(deep.astype(np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray((deep - 300 * (gray == 0)).astype(np.int32)).save(tmp_path / "deep.tif")
+    for dtype, name in ((np.int32, "int.tif"), (np.uint16, "int.png")):  # 8 bits in a wider integer
+        Image.fromarray(gray.astype(dtype)).save(tmp_path / name)
     for path in tmp_path.iterdir():
         image = read_image(path)
         assert image.mode == "RGB" and (np.asarray(image) == gray[..., None]).all(), path
@@ -163,13 +180,27 @@ def test_the_bits_of_an_image_and_the_indices_of_a_palette_are_its_values(tmp_pa
     assert read_label(save(tmp_path / "bits.png", 255 * np.array(LABEL), "1"), bits).tolist() == LABEL
 
 
-@pytest.mark.parametrize("kind, mode, saved", [
-    ("image", "F", "TIFF"), ("image", "I", "TIFF"), ("label", "I;16", "PNG"), ("label", "LA", "PNG"),
-    ("label", "L", "JPEG"),
+@pytest.mark.parametrize("ending, modes", [
+    ("png", "L P LA RGB RGBA I;16"), ("PNG", "L"), ("tif", "L P LA RGB I;16 I F"), ("TIFF", "I"), ("bmp", "L P RGB"),
 ])  # fmt: skip
-def test_a_mode_or_a_format_that_cannot_hold_the_values_is_refused(tmp_path, kind, mode, saved):
-    Image.new(mode, (2, 2), 65536 if kind == "image" else 0).save(tmp_path / "x", saved)
-    with pytest.raises(InputError, match=f"^{tmp_path / 'x'}: .*{'JPEG' if saved == 'JPEG' else f'mode {mode}'}"):
+def test_ids_in_one_channel_or_in_equal_ones_are_read_from_every_lossless_file(root, ending, modes):
+    (root / "labels/val/a.png").rename(root / "labels/val/a.JPG")  # beside a label that is none
+    wide = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+    for mode in modes.split():
+        label = Image.fromarray((9 * np.array(LABEL)).astype(wide.get(mode, np.uint8)))
+        label.convert(mode).save(root / f"labels/val/a.{ending}")
+        (sample,) = find_samples(root, "val")
+        assert sample.label.suffix == f".{ending}" and read_label(sample.label, TABLE).tolist() == LABEL
+
+
+@pytest.mark.parametrize("kind, mode, value, saved, found", [
+    ("image", "F", 1, "TIFF", "mode F"), ("image", "I", 65536, "TIFF", "mode I"), ("label", "I;16", 256, "PNG", "256"),
+    ("label", "I", -1, "TIFF", "-1"), ("label", "F", 0.5, "TIFF", "0.5"), ("label", "CMYK", 0, "TIFF", "mode CMYK"),
+    ("label", "L", 0, "JPEG", "JPEG"),
+])  # fmt: skip
+def test_a_mode_or_a_format_that_cannot_hold_the_values_is_refused(tmp_path, kind, mode, value, saved, found):
+    Image.new(mode, (2, 2), value).save(tmp_path / "x", saved)
+    with pytest.raises(InputError, match=f"^{tmp_path / 'x'}: .* found .*{found}"):
         read_image(tmp_path / "x") if kind == "image" else read_label(tmp_path / "x", TABLE)
 
 
@@ -189,15 +220,28 @@ def test_a_palette_and_equal_channels_are_ids_or_colors(tmp_path):
 
 
 def test_pixels_are_counted_by_class_and_sizes_are_medians(root, tmp_path, capsys):
-    assert datasets.count_pixels(np.array([[0, 2, 2], [255, 0, 2]], np.uint8), 4).tolist() == [2, 0, 3, 0, 1]
-    assert datasets.count_pixels(np.array([[1]], np.uint8), 2).tolist() == [0, 1, 0]
-    assert (
-        datasets.count_classes(find_samples(root, "train"), TABLE) == [12, 12] and not capsys.readouterr().err
-    )  # no bar
+    assert datasets.count_classes(find_samples(root, "train"), TABLE) == [12, 12]
+    assert not capsys.readouterr().err  # no bar
     sizes = [(2, 4), (6, 6), (90, 8)]
     a, b, c = (datasets.Sample(save(tmp_path / f"{h}.png", np.zeros((h, w))), None) for h, w in sizes)
     assert datasets.median_size([c, a, b]) == [6, 6] and datasets.median_size([a, b, c], count=2) == [46, 6]
     assert datasets.median_size([a, b] * 100) == datasets.median_size([a, b, b] * 67) == [2, 4]  # of about 100 images
+
+
+def test_labels_without_classes_are_refused_and_classes_that_do_not_occur_are_noted(tmp_path):
+    def check(*splits):
+        sets, notes = ([], []), []
+        for i, k in [(i, k) for i, values in enumerate(splits) for k in range(len(values))]:
+            sets[i].append(datasets.Sample(None, save(tmp_path / f"{i}/{k}.png", [splits[i][k : k + 1]])))
+        datasets.check_labels(TrainDataset(sets[0], table, (1, 1), 0), EvalDataset(sets[1], table), notes.append)
+        return [re.findall("sky|sea|sun", note) for note in notes]
+
+    table = ClassTable([Label(name, k, k, (k, 0, 0)) for k, name in enumerate(("sky", "sea", "sun"))])
+    assert check([0, 1, 2], [0]) == []
+    assert check([0, 1, 255], [2]) == check([*[0] * 61, 1], [2]) == [["sun"]]  # the last label is not read at first
+    for train, val, found in (([0, 255], [1], "0/0.* 0, 255: 255 is"), ([255], [1], "0/0"), ([0, 1], [255], "1/0")):
+        with pytest.raises(InputError, match=f"^{tmp_path}/{found}"):
+            check(train, val)
 
 
 def test_crop_depends_only_on_seed_epoch_and_index(data):

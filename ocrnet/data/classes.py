@@ -78,10 +78,9 @@ class ClassTable:
         """``lookup`` for these values, or one by their colors. See ``to_train_ids``."""
         by_color = np.full(256, UNKNOWN, np.uint8)
         by_color[: len(palette)] = self.color_lookup[tuple(palette.T)]
-        if UNKNOWN in by_color[values]:
-            return self.lookup
-        if not np.isin(values, [label.id for label in self.labels]).all():
-            return by_color
+        are_colors = UNKNOWN not in by_color[values]
+        if not (are_colors and np.isin(values, [label.id for label in self.labels]).all()):
+            return by_color if are_colors else self.lookup
         # a palette that does not tell them apart, as the black one of an image without colors, says nothing
         distinct = len(palette) > 1 and len(np.unique(palette[values], axis=0)) == len(values)
         if distinct and (by_color[values] != self.lookup[values]).any():
@@ -98,12 +97,8 @@ class ClassTable:
     def to_train_ids(self, label: np.ndarray, palette: np.ndarray | None = None) -> np.ndarray:
         """Label values (H, W) or colors (H, W, 3), uint8 -> train ids, uint8 (H, W).
 
-        Args:
-            palette: the color of each value, uint8 (N, 3). It counts where a value is no id of the table.
-
-        Raises:
-            InputError: a value or color is not in the table, which says which, and its share of the pixels; or the
-                values are ids and have colors of other classes.
+        ``palette``, uint8 (N, 3), has the color of each value. It counts where a value is no id of the table. Raise
+        InputError if a value or color is not in the table, or values are ids and have colors of other classes.
         """
         if label.ndim == 3:
             train_ids = self.color_lookup[tuple(np.moveaxis(label, 2, 0))]
@@ -111,11 +106,13 @@ class ClassTable:
             train_ids = (self.lookup if palette is None else self.lookup_of(np.unique(label), palette))[label]
         unknown = train_ids == UNKNOWN
         if unknown.any():
-            value = label[unknown][0].tolist()
-            what = "value" if label.ndim == 2 else "color"
+            values, what = np.unique(label[unknown], axis=0).tolist(), "value" if label.ndim == 2 else "color"
+            hint = f"a row of train_id {IGNORE_INDEX} ignores it"
+            if len(values) > len(self.labels):
+                hint = f"{len(values)} such {what}s look like resizing or lossy compression: save it without them"
             raise InputError(
-                f"{unknown.mean():.1%} of the pixels are of no class, the first has {what} {value}: expected those of "
-                f"classes.json (Cityscapes' without it); a row of train_id {IGNORE_INDEX} ignores it"
+                f"{unknown.mean():.1%} of the pixels are of no class, the first has {what} {values[0]}: expected those "
+                f"of classes.json (Cityscapes' without it); {hint}"
             )
         return train_ids
 
@@ -127,16 +124,15 @@ class ClassTable:
     def from_rows(cls, rows: Any, source: str) -> "ClassTable":
         """The table from ``rows`` as in classes.json. ``source`` names their file in errors.
 
-        Raises:
-            InputError: a row is malformed, a name or id is repeated, or the train ids are not 0 .. K-1.
+        Raise InputError if a row is malformed, a name or id is repeated, or the train ids are not 0 .. K-1.
         """
         labels: list[Label] = []
         for row in rows if isinstance(rows, list) else [rows]:
             try:
                 label = Label(row["name"], row["id"], row["train_id"], tuple(row["color"]))
                 valid = [type(x) for x in (label.name, *label[1:3], *label.color)] == [str] + 5 * [int]
-                valid = valid and -1 <= label.id <= 255 and label.train_id in (*range(UNKNOWN), IGNORE_INDEX)
-                valid = valid and 0 <= min(label.color) <= max(label.color) <= 255
+                valid = valid and label.id in range(-1, 256) and {*label.color} <= {*range(256)}
+                valid = valid and label.train_id in (*range(UNKNOWN), IGNORE_INDEX)
             except (TypeError, KeyError):
                 valid = False
             if not valid:
@@ -157,16 +153,15 @@ class ClassTable:
 def read_classes(root: Path | str) -> ClassTable:
     """The classes of the data set under ``root``: its classes.json, or Cityscapes' without one.
 
-    Raises:
-        InputError: the file is not JSON; and as ``ClassTable.from_rows``.
+    Raise InputError if the file is not JSON or is missing in the plain layout, and as ``ClassTable.from_rows``.
     """
     path = Path(root, "classes.json")
-    if not path.exists():
+    if not path.exists() and (Path(root, "leftImg8bit").is_dir() or not Path(root, "images").is_dir()):
         return CITYSCAPES
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON ({error})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected JSON, of which prepare_cityscapes.py prints a start ({error})") from None
     return ClassTable.from_rows(rows, str(path))
 
 

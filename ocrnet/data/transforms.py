@@ -9,6 +9,7 @@ Notation: B batch, H W an image's size, h w the crop's.
 """
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,12 +45,8 @@ def sample_crop(
     """Sample scale, flip and position of a crop. Return its parameters and the cropped label (h, w).
 
     The position is sampled again, up to ten times, while one class covers ``CAT_MAX_RATIO`` or more of the crop's
-    labeled pixels. Where the resized image is smaller than the crop, the crop holds all of it.
-
-    Args:
-        label: uint8 (H, W).
-        crop_size: (h, w).
-        scale_range: of the uniform random scale.
+    labeled pixels. Where the resized image is smaller than the crop, the crop holds all of it. ``label`` is uint8
+    (H, W), ``crop_size`` (h, w), and ``scale_range`` that of the uniform random scale.
     """
     scale = rng.uniform(*scale_range)
     height, width = (min(round(side / scale), whole) for side, whole in zip(crop_size, label.shape))
@@ -58,7 +55,8 @@ def sample_crop(
     for _ in range(11):
         top, left = rng.randint(0, label.shape[0] - height), rng.randint(0, label.shape[1] - width)
         params = CropParams(top, left, height, width, size, flip)
-        cropped = crop_label(label, params, crop_size)
+        box = torch.from_numpy(label[top : top + height, left : left + width])
+        cropped = resize_flip_pad(box[None], params, crop_size, "nearest", (IGNORE_INDEX,))[0]  # (h, w)
         counts = torch.bincount(cropped.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
         if counts.count_nonzero() > 1 and counts.max() < CAT_MAX_RATIO * counts.sum():
             break
@@ -72,16 +70,7 @@ def crop_image(image: Image.Image, params: CropParams, crop_size: tuple[int, int
     return resize_flip_pad(torch.from_numpy(box).permute(2, 0, 1), params, crop_size, "bilinear", PAD_COLOR)
 
 
-def crop_label(label: np.ndarray, params: CropParams, crop_size: tuple[int, int]) -> Tensor:
-    """Train ids, uint8 (H, W) -> (h, w), nearest."""
-    top, left, height, width = params[:4]
-    box = torch.from_numpy(label[top : top + height, left : left + width])
-    return resize_flip_pad(box[None], params, crop_size, "nearest", (IGNORE_INDEX,))[0]
-
-
-def resize_flip_pad(
-    x: Tensor, params: CropParams, crop_size: tuple[int, int], mode: str, fill: tuple[int, ...]
-) -> Tensor:
+def resize_flip_pad(x: Tensor, params: CropParams, crop_size: Sequence[int], mode: str, fill: Sequence[int]) -> Tensor:
     """uint8 (C, height, width) -> (C, h, w): resize, flip, then pad at the right and the bottom."""
     x = F.interpolate(x[None], size=params.size, mode=mode)[0]
     x = x.flip(2) if params.flip else x
@@ -112,11 +101,8 @@ def sample_photometric(rng: random.Random) -> tuple[float, float, float, float, 
 def preprocess(image: Tensor, photometric: Tensor | None = None) -> Tensor:
     """Raw images, uint8 (B, 3, H, W) -> normalized images, float32 (B, 3, H, W).
 
-    Args:
-        photometric: parameters (B, 5) of ``sample_photometric``, applied before the normalization.
-
-    Raises:
-        InputError: the number of channels is another, or there are no images.
+    ``photometric``, parameters (B, 5) of ``sample_photometric``, is applied before the normalization. Raise InputError
+    if the number of channels is another, or there are no images.
     """
     if image.ndim != 4 or image.shape[1] != len(MEAN) or not len(image):
         raise InputError(f"expected images (B, {len(MEAN)}, H, W), channels as in MEAN, found {tuple(image.shape)}")

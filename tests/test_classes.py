@@ -47,9 +47,8 @@ def test_values_and_colors_become_train_ids_and_the_first_row_names_a_class(rows
 
 
 def test_an_unknown_value_or_color_is_named_with_its_share():
-    colors = [[[0, 0, 0], [1, 2, 3]], [[0, 255, 0], [0, 0, 0]]]
+    colors, soft = [[[0, 0, 0], [1, 2, 3]], [[0, 255, 0], [0, 0, 0]]], ([[1, 2, 3, 4, 5]], "5 such values")
     values = [([[value]], rf"^100.* value {value}: ") for value in range(255) if value not in (0, 7, 9)]
-    soft = [[1, 2, 3, 4, 5]], "5 such values"  # more than the table has rows
     for label, found in [([[0, 0], [5, 8]], "^50.* value 5: "), (colors, r"^25.* color \[1, 2, 3\]: "), soft, *values]:
         with pytest.raises(InputError, match=found):
             ids_of(label)

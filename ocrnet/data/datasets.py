@@ -308,7 +308,7 @@ def check_labels(train_set: TrainDataset, val_set: EvalDataset, print0: Callable
             )
         missing = [name for name, found in zip(table.names, pixels) if not found]
         if missing and least == 2:
-            print0(f"NOTE: no pixel of {len(samples[::step])} training labels is {', '.join(missing)}: {rule}")
+            print0(f"NOTE: no pixel is {', '.join(missing)} in {len(samples[::step])} of {len(samples)} labels: {rule}")
 
 
 @dataclass

@@ -31,7 +31,7 @@ CHANGES = {
 
 
 @pytest.fixture
-def train_changed(data, tmp_path, monkeypatch):
+def train_changed(main, data, tmp_path, monkeypatch):
     """train_changed("optimizer", ...) trains three iterations with these of ``CHANGES`` -> the contents of last.pt."""
     monkeypatch.setattr(plots, "draw_run", lambda *args: None)
 
@@ -41,13 +41,9 @@ def train_changed(data, tmp_path, monkeypatch):
             source, count = re.subn(pattern, text, source)
             assert count, pattern
         module = types.ModuleType("changed")
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["train.py", *map(str, [*RUN, "--workers", 0, "--data-path", data, "--output-dir", tmp_path, *flags])],
-        )
         exec(compile(source, "train.py", "exec"), vars(module))
-        module.main()
+        monkeypatch.setitem(sys.modules, "changed", module)
+        main("changed", *RUN, "--workers", 0, "--data-path", data, "--output-dir", tmp_path, *flags)
         return load_checkpoint(tmp_path / "last.pt")
 
     return call

@@ -41,8 +41,6 @@ def tensor_of(name: str, like: Tensor) -> Tensor:
         return like
     if name.endswith("running_var"):
         return torch.rand(like.shape, generator=generator) + 0.5
-    if name.endswith("running_mean"):
-        return torch.randn(like.shape, generator=generator) * 0.1
     if like.ndim == 1 and name.endswith("weight"):
         return torch.rand(like.shape, generator=generator) * 0.5 + 0.5
     if like.ndim == 1:

@@ -31,8 +31,6 @@ GRADIENTS = (
     "decode_head.1.conv_seg.bias",
 )
 
-# ---- weights and inputs, the same for both implementations -----------------------------------------------------------
-
 
 def tensor_of(name: str, like: Tensor) -> Tensor:
     """A tensor that depends only on its name in mmsegmentation and its shape. Integers are returned as they are."""
@@ -54,11 +52,6 @@ def random_image(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def eval_image(size: tuple[int, int]) -> Tensor:
-    """(1, 3, H, W)."""
-    return random_image(1, 3, *size, seed=size[0])
-
-
 def train_batch() -> tuple[Tensor, Tensor]:
     """Images (2, 3, 64, 128) in float64 and labels (2, 64, 128), whose first nine rows are ignored."""
     label = torch.randint(0, 19, (2, 64, 128), generator=torch.Generator().manual_seed(2))
@@ -70,13 +63,10 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
 
-# ---- mmsegmentation --------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def peer_logits(model: nn.Module, size: tuple[int, int]) -> list[list[float]]:
     """Final logits and region logits of pixel (H // 3, W // 2), resized to the image: 2 x 19."""
-    features = model.eval().extract_feat(eval_image(size).double())
+    features = model.eval().extract_feat(random_image(1, 3, *size, seed=size[0]).double())
     region_logits = model.decode_head[0](features)  # (1, K, H/4, W/4), r101: (1, K, H/8, W/8)
     logits = model.decode_head[1](features, region_logits)
     pixels = []

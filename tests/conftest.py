@@ -185,9 +185,7 @@ def family(pid: int) -> list[int]:
 
 # ---- runs of train.py ------------------------------------------------------------------------------------------------
 
-RUN = [
-    "--model", "tiny", "--crop-size", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu",
-]  # fmt: skip
+RUN = ["--model=tiny", "--crop-size", "32", "64", "--batch-size=2", "--workers=1", "--log-every=1", "--device=cpu"]
 EIGHT_ITERATIONS = [*RUN, "--max-iters=8", "--val-every=4", "--save-every=3", "--log-every=2", "--class-weights=auto"]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_datasets import save
 from torch import nn
 
 from ocrnet import InputError
@@ -97,11 +98,8 @@ def test_a_pixel_has_the_mean_logits_of_its_windows():
 
 
 def save_images(folder, *names):
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, name in enumerate(names):
-        pixels = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    return [folder / name for name in names]
+    rng = np.random.default_rng(0)
+    return [save(folder / name, rng.integers(0, 256, (5, 7, 3))) for name in names]
 
 
 def test_folders_are_listed_by_their_images_and_unusable_paths_are_named(tmp_path):

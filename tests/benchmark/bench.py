@@ -52,9 +52,6 @@ from ocrnet.models import build_model  # noqa: E402
 HAS_PEER = importlib.util.find_spec("mmseg") is not None
 
 
-# ---- what is measured: classes with the same methods, each run in a process of its own -------------------------------
-
-
 def reset_peak() -> float:
     """Reset the peak of ``peak_memory``. Return the MiB that this process holds now."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -79,6 +76,8 @@ def seconds_of(work: Callable[[], object], device: torch.device, times: int = 1)
 
 
 class Ours:
+    """What is measured: methods that are called in a process of their own."""
+
     def __init__(self, case: dict):
         self.case, self.index = case, 0
         amp = case["dtype"] != "fp32"
@@ -238,9 +237,6 @@ def take_turns(case: dict, who: list[str], prepare: str, method: str, repeat: in
     for process in processes.values():
         process.communicate()  # it ends with its input
     return {name: (statistics.median(seconds[name][warm:]), memory[name]) for name in who}
-
-
-# ---- the tables ------------------------------------------------------------------------------------------------------
 
 
 def write_images(root: Path, count: int = 4) -> None:

@@ -9,7 +9,6 @@ A checkpoint holds CPU tensors and plain Python only:
  "schedule": state_dict, "scaler": state_dict, "settings": the flags of train.py and what else is compared on resume}
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """
     state = to_cpu(state)
     check_finite(state["model"], f"{path} was not written, the last one stays: try a lower --lr, or --no-amp")
-    try:
-        with atomic_write(path) as part, open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a failed write
-        raise InputError(f"{path}: cannot be written, the last one stays ({str(error).splitlines()[0]})") from None
+    with atomic_write(path) as part:
+        torch.save(state, part)
 
 
 def load_checkpoint(path: Path) -> dict:

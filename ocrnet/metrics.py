@@ -1,7 +1,4 @@
-"""IoU, as cityscapesScripts' evalPixelLevelSemanticLabeling defines it.
-
-Notation: K classes.
-"""
+"""IoU, as cityscapesScripts' evalPixelLevelSemanticLabeling defines it. Notation: K classes."""
 
 import torch
 from torch import Tensor
@@ -25,11 +22,11 @@ class ConfusionMatrix:
         """Count pixels. Both are integer tensors of one shape; targets are 0 .. 255.
 
         Raises:
-            ValueError: they are not integer tensors of one shape, there is no pixel, or a value is not a class.
+            ValueError: they are not integer tensors of one shape with pixels, or a value is not a class.
         """
-        for x in (target, prediction):
-            if not isinstance(x, Tensor) or x.is_floating_point() or x.shape != target.shape or not x.numel():
-                raise ValueError(f"expected integer tensors of one shape with pixels, found {target} and {prediction}")
+        valid = all(isinstance(x, Tensor) and not x.is_floating_point() for x in (target, prediction))
+        if not valid or target.shape != prediction.shape or not target.numel():
+            raise ValueError(f"expected integer tensors of one shape with pixels, found {target} and {prediction}")
         k = len(self.counts)
         low, high = prediction.aminmax()
         if low < 0 or high >= k:

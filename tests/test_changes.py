@@ -11,6 +11,7 @@ from conftest import ROOT, RUN
 from ocrnet import InputError, plots
 from ocrnet.checkpoint import load_checkpoint, load_model
 from ocrnet.data.transforms import preprocess
+from ocrnet.metrics import ConfusionMatrix
 from ocrnet.models import build_model
 
 README = (ROOT / "README.md").read_text()
@@ -118,6 +119,15 @@ def test_models_of_half_precision_run(dtype):
         expected = model(x)[0]
         found = model.to(dtype)(x.to(dtype))[0]
     assert found.dtype == dtype and (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_python_users_get_one_clear_error():
+    integers = torch.zeros(2, 3, dtype=torch.int64)
+    for other in (integers.numpy(), integers.float(), integers[:1], integers[:0]):
+        with pytest.raises(ValueError, match="integer tensors of one shape with pixels"):
+            ConfusionMatrix(3).update(other if len(other) == 0 else integers, other)
+    with pytest.raises(InputError, match="num_classes: .* found 0"):
+        build_model("tiny", num_classes=0)
 
 
 def test_a_model_without_memory_has_shapes():

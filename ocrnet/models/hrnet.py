@@ -130,12 +130,9 @@ class HRModule(nn.Module):
 
     def fuse(self, x: list[Tensor], i: int) -> Tensor:
         """R_i after the fuse, (B, 2^i C, h / 2^i, w / 2^i)."""
-        size = x[i].shape[-2:]
         paths = [path(x_j) for path, x_j in zip(self.fuse_layers[i], x)]
-        paths = [
-            upsample(y, 2 ** (j - i), size, self.align_corners) if j > i else y  # coarser branches
-            for j, y in enumerate(paths)
-        ]
+        for j in range(i + 1, len(x)):  # coarser branches
+            paths[j] = upsample(paths[j], 2 ** (j - i), x[i].shape[-2:], self.align_corners)
         return F.relu(sum(paths[1:], start=paths[0]))
 
 

@@ -1,7 +1,4 @@
-"""Weights by name: where public weights are.
-
-``torch.hub`` downloads a file once and checks its sha256, whose first digits end the file's name.
-"""
+"""Where public weights are, by name. The names of files end in digits of their sha256, which ``torch.hub`` checks."""
 
 from .. import InputError
 

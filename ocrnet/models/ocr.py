@@ -42,8 +42,8 @@ from .hrnet import conv_bn_relu, init_weights
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """autocast off. Where it is off already, as on devices that do not know it, a context that does nothing."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """autocast off. Where it is off already, as on meta tensors, which do not know it, a context that does nothing."""
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
@@ -164,13 +164,8 @@ class OCRHead(nn.Module):
 class FCNHead(nn.Module):
     """The baseline of the paper's tables: classify each pixel by its own features, without object context.
 
-    With HRNet it has the layers of OCRHead's region head, as in mmsegmentation. It has no auxiliary output.
-
-    Args:
-        in_channels: channels of the features.
-        num_classes: K.
-        reduction, kernel_size: of the hidden layer, a convolution to in_channels / reduction.
-        dropout: probability of dropping a channel before the classifier.
+    It has the layers and arguments of OCRHead's region head, here on the features of the pixels, as in mmsegmentation,
+    and no auxiliary output.
     """
 
     def __init__(

@@ -95,9 +95,9 @@ class OCRNet(nn.Module):
         So ``net.backbone.requires_grad_(False)`` also keeps the statistics of BatchNorm, which are no parameters.
         """
         super().train(mode)
-        for module in self.modules() if mode else ():
-            frozen = not any(parameter.requires_grad for parameter in module.parameters())
-            if frozen and next(module.parameters(), None) is not None:
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.eval()
         return self
 
@@ -106,21 +106,7 @@ class OCRNet(nn.Module):
         for module in self.modules():
             if hasattr(module, "align_corners"):
                 module.align_corners = align_corners
-
-
-def build_head(head: str, backbone: nn.Module, num_classes: int, dropout: float | None) -> nn.Module:
-    """The head of ``HEADS`` that fits a backbone. See ``build_model``."""
-    region_channels, pixel_channels = backbone.out_channels
-    hidden = dict(reduction=backbone.reduction, kernel_size=backbone.kernel_size)
-    dropout = backbone.dropout if dropout is None else dropout
-    if head == "fcn":
-        return FCNHead(pixel_channels, num_classes, **hidden, dropout=dropout)
-    region_dropout = dropout if backbone.dropout else 0.0  # mmsegmentation has it with ResNet only
-    channels, key_channels = backbone.head_channels
-    return OCRHead(
-        region_channels, pixel_channels, num_classes, **hidden, channels=channels, key_channels=key_channels,
-        region_dropout=region_dropout, dropout=dropout,
-    )  # fmt: skip
+        self.config["align_corners"] = align_corners
 
 
 def build_model(
@@ -137,16 +123,15 @@ def build_model(
         name: of ``BACKBONES``.
         num_classes: K, 19 for Cityscapes.
         align_corners: see ``OCRNet.set_align_corners``.
-        dropout: before the final classifier. None for the backbone's: 0 with HRNet, 0.1 with ResNet.
+        dropout: before the final classifier. None for the backbone's own: 0.1 with ResNet, 0 with HRNet. The region
+            classifier gets the same with ResNet and always 0 with HRNet, as in mmsegmentation.
         deep_stem: ResNet with three 3x3 convolutions at its start, as in mmsegmentation.
         head: "ocr", or "fcn" for the backbone with a plain classifier.
 
     Raises:
         InputError: there is no backbone or head of that name.
     """
-    config = dict(
-        name=name, num_classes=num_classes, align_corners=align_corners, dropout=dropout, deep_stem=deep_stem, head=head
-    )
+    config = dict(locals())  # the arguments above
     if name not in BACKBONES:
         raise InputError(f"--model: expected one of {', '.join(BACKBONES)}, found {name!r}")
     if num_classes < 2:
@@ -156,6 +141,13 @@ def build_model(
     backbone = BACKBONES[name]()
     if deep_stem:
         backbone.use_deep_stem()
-    model = OCRNet(backbone, build_head(head, backbone, num_classes, dropout), config)
+    channels, hidden = backbone.out_channels, (backbone.reduction, backbone.kernel_size)
+    dropout = backbone.dropout if dropout is None else dropout
+    region_dropout = dropout if backbone.dropout else 0.0  # HRNet's own is 0: none before its region classifier
+    if head == "ocr":
+        head_module = OCRHead(*channels, num_classes, *hidden, *backbone.head_channels, region_dropout, dropout)
+    else:
+        head_module = FCNHead(channels[1], num_classes, *hidden, dropout)
+    model = OCRNet(backbone, head_module, config)
     model.set_align_corners(align_corners)
     return model

@@ -8,8 +8,6 @@ mmsegmentation's ResNetV1c. Our backbones have the authors' and torchvision's na
 import re
 import socket
 import zipfile
-from collections.abc import Iterable
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,9 @@ from .. import InputError
 from .hub import url_of
 from .ocrnet import BACKBONES, OCRNet, build_model
 
-# Other projects' names -> ours: regular expressions, applied in this order. decode_head is mmsegmentation's.
+# Other projects' names -> ours: patterns and replacements. Every name passes through all of them, from top to bottom:
+# decode_head.1.bottleneck.conv.weight -> decode_head.1.bottleneck.0.weight -> head.pixel_head.0.weight.
+# decode_head is mmsegmentation's: .0 the region head, .1 the rest of the OCR head, without a number the FCN head.
 RENAMES = {
     r"^((module|_orig_mod|model)\.)+": "",  # of DDP, torch.compile and wrappers
     r"^(decode_head\..*)\.conv\.": r"\1.0.",  # ConvModule(conv, bn) is our Sequential(0, 1)
@@ -40,17 +40,15 @@ RENAMES = {
     r"\.(value_project|f_down)\.": ".delta.",
     r"\.(out_project|f_up)\.": ".rho.",
     r"^decode_head\.convs\.0\.": "head.hidden.",  # HRNet + FCN
-    r"^(decode_head\.1\.conv_seg|decode_head\.conv_seg|cls_head)\.": "head.classifier.1.",
+    r"^(decode_head\.(1\.)?conv_seg|cls_head)\.": "head.classifier.1.",
     r"^(?!head\.|backbone\.)": "backbone.",  # the authors' HRNet and ImageNet's have no prefix
     r"^backbone\.stem\.7\.": "backbone.bn1.",  # ResNetV1c: the last BatchNorm of the deep stem
     r"^backbone\.stem\.": "backbone.conv1.",
 }
-# Where files keep their tensors, also one in another: averaged weights first. mmengine's ema_state_dict is last, as its
-# state_dict has the averaged ones.
-ENTRIES = (
-    "ema", "model_ema", "ema_model", "state_dict_ema", "model", "state_dict", "model_state_dict", "weights", "module",
-    "ema_state_dict",
-)  # fmt: skip
+# Keys under which a file may keep its tensors, also one inside another. The first found counts: averaged weights come
+# first. mmengine's ema_state_dict is last, as the averaged ones are in the state_dict beside it.
+ENTRIES = ("ema", "model_ema", "ema_model", "state_dict_ema", "model", "state_dict", "model_state_dict", "weights",
+           "module", "ema_state_dict")  # fmt: skip
 TIMEOUT = 30  # seconds that a server may be silent
 
 
@@ -73,9 +71,7 @@ class Report(NamedTuple):
 def read_file(source: Path | str, model: str | None = None) -> Any:
     """The contents of a torch.save file on the CPU, without running code from it.
 
-    Args:
-        source: a path, or a name of hub.py, whose file ``torch.hub`` downloads once.
-        model: of ``BACKBONES``, for the name "imagenet".
+    ``source`` is a path, or a name of hub.py, whose file ``torch.hub`` downloads once; "imagenet" is that of ``model``.
 
     Raises:
         InputError: there is no such file or name, it cannot be downloaded, or it does not load without running code.
@@ -94,9 +90,8 @@ def read_file(source: Path | str, model: str | None = None) -> Any:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not compare the checksums
             raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, HTTPException) as error:
-        message = f"{url}: not downloaded ({error}): put the file at {path}" if url else str(error)
-        raise InputError(message) from None
+    except OSError as error:
+        raise InputError(f"{url}: not downloaded ({error}): put the file at {path}" if url else str(error)) from None
     except Exception as error:  # damaged bytes raise many types
         if url and not path.exists():  # torch.hub keeps no file with another hash
             raise InputError(f"{url}: {error}") from None
@@ -107,11 +102,10 @@ def read_file(source: Path | str, model: str | None = None) -> Any:
 
 def kind_of(path: Path, error: Exception) -> str:
     """What a file holds that torch.load refused with ``error``."""
-    with open(path, "rb") as file:
-        start = file.read(24)
     if code := re.search(r"GLOBAL (\S+)", str(error)):
         command = f"x = torch.load({str(path)!r}, weights_only=False); torch.save(x['state_dict'], 'weights.pth')"
         return f'one with code ({code[1]}); if you trust it, keep only its tensors: python -c "import torch; {command}"'
+    start = path.read_bytes()[:24]
     if start.startswith((b"PK", b"\x80")):
         return f"a damaged or incomplete one of {path.stat().st_size:,} bytes"
     if start.startswith(b"version https://git-lfs"):
@@ -150,25 +144,18 @@ def rename(name: str) -> str:
     return name
 
 
-def head_of(names: Iterable[str]) -> str | None:
-    """The head, of ``HEADS``, that tensors of these names (ours) belong to. None for a backbone."""
-    if "head.hidden.0.weight" in names:
-        return "fcn"
-    return "ocr" if "head.classifier.1.weight" in names else None
-
-
 def backbone_of(tensors: dict[str, Tensor]) -> str | None:
     """The largest of ``BACKBONES`` all of whose parameters are among ``tensors`` (our names). None without."""
     found = {name: x.shape for name, x in tensors.items()}
-    fits = {}  # name -> number of parameters
+    fits = [(0, None)]  # number of parameters, name
     for name, build in BACKBONES.items():
         with torch.device("meta"):
             parameters = build().named_parameters()
         # without the first convolution, which may be a deep stem
         shapes = {f"backbone.{key}": x.shape for key, x in parameters if not key.startswith("conv1.")}
         if shapes.items() <= found.items():
-            fits[name] = len(shapes)
-    return max(fits, key=fits.get, default=None)
+            fits.append((len(shapes), name))
+    return max(fits)[1]
 
 
 def load_weights(model: OCRNet, source: Path | str, state: Any = None) -> Report:
@@ -201,19 +188,18 @@ def load_weights(model: OCRNet, source: Path | str, state: Any = None) -> Report
     modules = tuple(f"backbone.{key}." for key, _ in model.backbone.named_children())
     wrong = [key for key in tensors if key.startswith(modules) and key not in loaded]
     if wrong or len(missing) > 0.05 * len(backbone):
-        first = f"{wrong[0]} does not fit" if wrong else f"{missing[0]} is missing"
+        found = f"{len(backbone) - len(missing)} of its {len(backbone)} tensors"
+        fault = f"{wrong[0]} does not fit" if wrong else f"{missing[0]} is missing"
         other = backbone_of(tensors)
         remedy = f": --model {other} fits" if other not in (None, name) else ""
-        found = f"{len(backbone) - len(missing)} of its {len(backbone)} tensors"
-        raise InputError(f"{source}: expected the backbone {name}, found {found}, {first}{remedy}")
+        raise InputError(f"{source}: expected the backbone {name}, found {found}, {fault}{remedy}")
 
-    if head_of(tensors) != head_of(own):
+    if ("head.hidden.0.weight" in tensors) != ("head.hidden.0.weight" in own):  # one FCNHead, one OCRHead
         loaded = {key: x for key, x in loaded.items() if not key.startswith("head.")}
     model.load_state_dict(loaded, strict=False)
-    authors = names.get("head.classifier.1.weight", "").endswith("cls_head.weight")
+    authors = any(old.endswith("cls_head.weight") for old in theirs)
     if authors or (isinstance(state.get("config"), dict) and state["config"].get("align_corners")):
         model.set_align_corners(True)
-        model.config["align_corners"] = True
     if authors and model.config["dropout"] is None:
         model.config["dropout"] = model.head.classifier[0].p = 0.05  # as in the authors' model
     ignored = [old for key, old in names.items() if key in tensors and key not in loaded]
@@ -227,13 +213,11 @@ def build_from_weights(state: Any, source: Path | str) -> OCRNet:
         InputError: the head's tensors are missing, or no backbone fits; and as ``load_weights``.
     """
     tensors = {rename(name): x for name, x in find_tensors(state, source)[1].items()}
-    head, backbone = head_of(tensors), backbone_of(tensors)
-    if backbone is None:
+    if (backbone := backbone_of(tensors)) is None:
         raise InputError(f"{source}: expected a backbone of {', '.join(BACKBONES)}, found another")
-    if head is None:
-        raise InputError(
-            f"{source}: expected a whole OCRNet, found the backbone {backbone}: use it with train.py --weights"
-        )
+    if "head.classifier.1.weight" not in tensors:
+        raise InputError(f"{source}: expected a whole OCRNet, found the backbone {backbone}: train with --weights")
+    head = "fcn" if "head.hidden.0.weight" in tensors else "ocr"
     model = build_model(backbone, len(tensors["head.classifier.1.weight"]), head=head)
     if random := load_weights(model, source, state).random:
         raise InputError(f"{source}: expected all tensors of {backbone}, {len(random)} do not fit, {random[0]} first")

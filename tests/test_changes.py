@@ -94,11 +94,9 @@ def test_averaged_weights_are_saved_restored_and_evaluated(train_changed, tmp_pa
 
 
 def test_images_of_other_channels_are_refused_with_both_numbers():
-    for channels in (1, 4):
-        with pytest.raises(InputError, match=rf"\(B, 3, H, W\).*\(2, {channels}, 8, 8\)"):
-            preprocess(torch.zeros(2, channels, 8, 8))
-    with pytest.raises(InputError, match=r"\(0, 3, 8, 8\)"):
-        preprocess(torch.zeros(0, 3, 8, 8))
+    for shape in ((2, 1, 8, 8), (2, 4, 8, 8), (0, 3, 8, 8)):
+        with pytest.raises(InputError, match=rf"\(B, 3, H, W\).*{re.escape(str(shape))}"):
+            preprocess(torch.zeros(shape))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -123,7 +121,7 @@ def test_models_of_half_precision_run(dtype):
 
 def test_python_users_get_one_clear_error():
     integers = torch.zeros(2, 3, dtype=torch.int64)
-    for other in (integers.numpy(), integers.float(), integers[:1], integers[:0]):
+    for other in (integers.numpy(), integers.float(), integers[:1], integers.T, integers[:0]):
         with pytest.raises(ValueError, match="integer tensors of one shape with pixels"):
             ConfusionMatrix(3).update(other if len(other) == 0 else integers, other)
     with pytest.raises(InputError, match="num_classes: .* found 0"):

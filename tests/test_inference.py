@@ -127,10 +127,8 @@ def test_images_are_colored_by_class_and_exported_as_ids(tmp_path, capsys):
     assert all(re.search(rf"\b2 .*{tmp_path / folder}$", printed, re.MULTILINE) for folder in ("out", "ids"))
     names = {"out": ["a", "a_overlay", "b", "b_overlay", "legend"], "ids": ["a", "b"]}
     assert {folder: sorted(path.stem for path in (tmp_path / folder).glob("*.png")) for folder in names} == names
-    image, colors, mixed, legend, ids = (
-        np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
-        for name in ("a", "out/a", "out/a_overlay", "out/legend", "ids/a")
-    )
+    paths = (tmp_path / f"{name}.png" for name in ("a", "out/a", "out/a_overlay", "out/legend", "ids/a"))
+    image, colors, mixed, legend, ids = (np.asarray(Image.open(path)).astype(int) for path in paths)
     classes = image[..., 0] % 19
     assert np.array_equal(colors, CITYSCAPES.palette[classes]) and np.array_equal(mixed, (image + colors) // 2)
     assert np.array_equal(ids, np.array(CITYSCAPES.ids)[classes]) and np.array_equal(legend, draw_legend(CITYSCAPES))

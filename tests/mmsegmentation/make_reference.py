@@ -43,8 +43,7 @@ def tensor_of(name: str, like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=generator) * 0.5 + 0.5
     if like.ndim == 1:
         return torch.randn(like.shape, generator=generator) * 0.1
-    fan_in = like.shape[1] * like.shape[2] * like.shape[3]
-    return torch.randn(like.shape, generator=generator) * (2 / fan_in) ** 0.5
+    return torch.randn(like.shape, generator=generator) * (2 / like[0].numel()) ** 0.5  # by the fan in
 
 
 def random_image(*shape: int, seed: int) -> Tensor:

@@ -31,7 +31,7 @@ def main() -> None:
     args = parse_args()
     accelerator = Accelerator(args.device, args.amp)
     if args.json and accelerator.is_main:
-        check_output(args.json)  # before the work
+        check_output(args.json, "score file")  # before the work
     model, table = load_model(args.ckpt)
     if model.about and not args.images:
         accelerator.print0(f"{args.ckpt}: {model.about}")
@@ -81,12 +81,13 @@ def main() -> None:
         confusion, _ = evaluate(forward, EvalDataset(samples, table), accelerator, workers=2)
         if accelerator.is_main:
             scores = {"images": len(samples), **summarize(confusion, table)}
-            if args.json:  # first, as nobody may read what is printed
-                check_output(args.json)
-                with atomic_write(args.json) as part:
-                    part.write_text(json.dumps(scores, indent=2) + "\n")
-            print(f"{args.ckpt} on {root}, {split}: {len(samples)} images\n")
-            print_scores(scores)
+            try:
+                if args.json:
+                    with atomic_write(args.json) as part:
+                        part.write_text(json.dumps(scores, indent=2) + "\n")
+            finally:  # the file may be refused by a full disk, the text by a closed pipe
+                print(f"{args.ckpt} on {root}, {split}: {len(samples)} images\n")
+                print_scores(scores)
     accelerator.close()
 
 

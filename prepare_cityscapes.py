@@ -98,15 +98,16 @@ def unpack(path: Path, ending: str, root: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith(ending)]
             for entry in tqdm(entries, desc=path.name, disable=None):
-                target = root.joinpath(*(part for part in Path(entry.filename).parts if part not in ("..", "/")))
-                if target.exists() and target.stat().st_size == entry.file_size:
-                    continue
-                content = archive.read(entry)
-                if target.exists() and not content.startswith(target.read_bytes()):
-                    changed.append(target)  # by the user
-                    continue
-                with atomic_write(target) as part:
-                    part.write_bytes(content)
+                target = root.joinpath(
+                    *(part for part in Path(entry.filename).parts if part.strip("/") not in ("", ".."))
+                )
+                if not target.exists() or target.stat().st_size != entry.file_size:
+                    content = archive.read(entry)
+                    if target.exists() and not content.startswith(target.read_bytes()):
+                        changed.append(target)  # by the user
+                    else:
+                        with atomic_write(target) as part:
+                            part.write_bytes(content)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: a password
         raise InputError(f"{path}: expected a zip, found another or a damaged file ({error})") from None
     if changed:

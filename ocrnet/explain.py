@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from numpy import ndarray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -51,21 +53,13 @@ def explain(model: nn.Module, image: Tensor, accelerator: Accelerator) -> Explan
 
 
 def explain_images(
-    model: nn.Module,
-    images: Mapping[Path, Path],
-    folder: Path,
-    table: ClassTable,
-    accelerator: Accelerator,
+    model: nn.Module, images: Mapping[Path, Path], folder: Path, table: ClassTable, accelerator: Accelerator,
     long_side: int = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Write a figure per step: ``NAME_1_regions.png`` and so on.
 
-    Args:
-        images: image file -> name of its outputs, without ending.
-        long_side: of the images in pixels, see ``make_forward``.
-
-    Raises:
-        InputError: the model has no OCR head, or an image is invalid.
+    ``images`` are image files and the names of their outputs, see ``write_predictions``. ``long_side`` is that of
+    ``make_forward``. Raise InputError if the model has no OCR head, or an image is invalid.
     """
     if model.config["head"] != "ocr":
         raise InputError(f"--explain: expected a model with head ocr, found {model.config['head']}: use --save")
@@ -74,45 +68,35 @@ def explain_images(
         image = read_image(path)
         if long_side:
             image = image.resize(scaled_size(image.size, long_side), Image.BILINEAR)
-        m, f, w, aux, final = explain(model, to_tensor(image), accelerator)
-        image, confidence = np.asarray(image), final.amax(0).numpy()
-        aux, final = aux.argmax(0).numpy(), final.argmax(0).numpy()
-        figures = {
-            "1_regions": draw_regions(image, m.numpy(), table),
-            "2_representations": draw_representations(f.numpy(), table),
-            "3_relation": draw_relation(image, w.numpy(), final, confidence, table),
-            "4_segmentations": draw_segmentations(image, aux, final, confidence, table),
-        }
-        for name, fig in figures.items():
-            save_figure(fig, folder / f"{output}_{name}.png")
+        m, f, w, aux, final = (x.numpy() for x in explain(model, to_tensor(image), accelerator))
+        image, aux, final, confidence = np.asarray(image), aux.argmax(0), final.argmax(0), final.max(0)
+        save_figure(draw_regions(image, m, table), folder / f"{output}_1_regions.png")
+        save_figure(draw_representations(f, table), folder / f"{output}_2_representations.png")
+        save_figure(draw_relation(image, w, final, confidence, table), folder / f"{output}_3_relation.png")
+        save_figure(draw_segmentations(image, aux, final, confidence, table), folder / f"{output}_4_segmentations.png")
     accelerator.print0(f"{len(images)} images explained in {folder}: NAME_1_regions.png and so on")
 
 
-def most_confident_pixels(final: np.ndarray, confidence: np.ndarray, count: int = 20) -> list[tuple[int, int]]:
+def most_confident_pixels(final: ndarray, confidence: ndarray, count: int = 20) -> list[tuple[int, int]]:
     """(x, y) of the most confident pixel of each predicted class, of at most ``count``, the frequent ones."""
     classes, shares = np.unique(final, return_counts=True)
-    pixels = []
-    for k in sorted(classes[np.argsort(-shares)][:count]):
-        y, x = np.unravel_index(np.where(final == k, confidence, -1).argmax(), final.shape)
-        pixels.append((int(x), int(y)))
-    return pixels
+    frequent = sorted(classes[np.argsort(-shares)][:count])
+    return [divmod(int(np.where(final == k, confidence, -1).argmax()), final.shape[1])[::-1] for k in frequent]
 
 
-def draw_regions(image: np.ndarray, m: np.ndarray, table: ClassTable) -> plt.Figure:
+def draw_regions(image: ndarray, m: ndarray, table: ClassTable) -> Figure:
     """Soft object regions (K, h, w), in multiples of 1/N, the weight of each pixel if all were equal."""
     fig, axes = image_axes(image, len(table) // 5 + 1, 5, 3.0, 0.9)  # K + 1 images
     show_images(axes, {"image": image})
-    for axis, name, weights in zip(axes[1:], table.names, m):
-        scale = LogNorm(0.01, 100, clip=True)
-        drawn = axis.imshow(np.maximum(weights * weights.size, 0.01), norm=scale, cmap="magma", interpolation="nearest")
-        axis.set_title(name)
+    weights = dict(zip(table.names, np.maximum(m * m[0].size, 0.01)))
+    drawn = show_images(axes[1:], weights, norm=LogNorm(0.01, 100, clip=True), cmap="magma")
     bar = fig.colorbar(drawn, ax=axes, orientation="horizontal", shrink=0.5, aspect=50, pad=0.02)
     bar.set_label("weight of a pixel in the region, in multiples of 1/N (softmax over the N pixels)")
     fig.suptitle("1. Soft object regions: the pixels that each region representation is gathered from")
     return fig
 
 
-def draw_representations(f: np.ndarray, table: ClassTable) -> plt.Figure:
+def draw_representations(f: ndarray, table: ClassTable) -> Figure:
     """Cosine similarities of the object region representations (K, C)."""
     unit = f / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
     fig, axis = plt.subplots(figsize=(10, 8.6), layout="constrained")
@@ -123,25 +107,22 @@ def draw_representations(f: np.ndarray, table: ClassTable) -> plt.Figure:
     return fig
 
 
-def draw_relation(
-    image: np.ndarray, w: np.ndarray, final: np.ndarray, confidence: np.ndarray, table: ClassTable
-) -> plt.Figure:
+def draw_relation(image: ndarray, w: ndarray, final: ndarray, confidence: ndarray, table: ClassTable) -> Figure:
     """Pixel-region relation (K, h, w) of the most confident pixel of each class: rows are pixels, columns regions."""
     pixels = most_confident_pixels(final, confidence)
     size = (16, 0.6 + max(4.5, 0.36 * len(pixels) + 2))
     fig, (where, matrix) = plt.subplots(1, 2, figsize=size, width_ratios=[1, 1.15], layout="constrained")
     where.imshow(image)
     where.set_axis_off()
-    rows, names = [], []
     for number, (x, y) in enumerate(pixels, 1):
         where.plot(x, y, "o", color="white", markersize=13, markeredgecolor="black", clip_on=False)
         where.text(x, y, number, ha="center", va="center", fontsize=8)
-        i, j = y * w.shape[1] // image.shape[0], x * w.shape[2] // image.shape[1]
-        rows.append(w[:, i, j])
-        names.append(f"{number}: {table.names[final[y, x]]} ({x}, {y})")
+    names = [f"{number}: {table.names[final[y, x]]} ({x}, {y})" for number, (x, y) in enumerate(pixels, 1)]
+    x, y = np.transpose(pixels)
+    rows = w[:, y * w.shape[1] // image.shape[0], x * w.shape[2] // image.shape[1]].T
     # not 1: a nearly uniform relation would look black; nor its own largest value: a uniform one would look large
-    top = max(float(np.max(rows)), 2 / len(table))
-    drawn = draw_matrix(matrix, np.array(rows), names, table.names, top, "{:.2f}", "magma")
+    top = max(rows.max(), 2 / len(table))
+    drawn = draw_matrix(matrix, rows, names, table.names, top, "{:.2f}", "magma")
     matrix.set(xlabel="region", ylabel="pixel: its prediction (x, y)")
     bar = fig.colorbar(drawn, ax=matrix, label="w, the pixel's relation to the region; a row sums to 1")
     bar.ax.axhline(1 / len(table), color="cyan")
@@ -150,18 +131,14 @@ def draw_relation(
     return fig
 
 
-def draw_segmentations(
-    image: np.ndarray, aux: np.ndarray, final: np.ndarray, confidence: np.ndarray, table: ClassTable
-) -> plt.Figure:
+def draw_segmentations(image: ndarray, aux: ndarray, final: ndarray, confidence: ndarray, table: ClassTable) -> Figure:
     """Auxiliary and final predictions (H, W), where they differ, and the final probability of the predicted class."""
     fig, axes = image_axes(image, 2, 2, 6.5, 1.2)
     changed, colors = aux != final, table.palette[final]
-    changes = np.where(changed[..., None], colors, 255)
-    show_images(
-        axes, {"auxiliary output": table.palette[aux], "final": colors, f"changed: {changed.mean():.1%}": changes}
-    )
-    drawn = axes[3].imshow(confidence, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    axes[3].set_title(f"probability of the final class, mean {confidence.mean():.2f}")
+    changes = {f"changed: {changed.mean():.1%}": np.where(changed[..., None], colors, 255)}
+    show_images(axes, {"auxiliary output": table.palette[aux], "final": colors, **changes})
+    probability = {f"probability of the final class, mean {confidence.mean():.2f}": confidence}
+    drawn = show_images(axes[3:], probability, vmin=0, vmax=1, cmap="viridis")
     fig.colorbar(drawn, ax=axes[3], shrink=0.8)
     class_legend(fig, np.union1d(aux, final), table)
     fig.suptitle("4. Segmentations: before and after the object context")

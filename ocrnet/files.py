@@ -47,25 +47,23 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def check_output(path: Path, title: str = "") -> None:
+def check_output(path: Path, title: str) -> None:
     """Raise InputError if ``path`` exists, and is neither empty nor an earlier version of what is to be written.
 
-    That is an image of this program with this ``title``, or scores without one. Nor may an image be among those of a
-    data set, which could not be read any more.
+    That is an image of this program with this ``title``, or its scores if that is "score file". Nor may an image be
+    among those of a data set, which could not be read any more.
     """
-    spellings = (os.path.realpath(path), os.path.abspath(path)) if title else ()
-    for folder in (folder for spelling in spellings for folder in Path(spelling).parents):
+    is_image = title != "score file"
+    for folder in (*Path(os.path.realpath(path)).parents, *Path(os.path.abspath(path)).parents) if is_image else ():
         beside = folder.parent / "labels", folder.parent / "classes.json"
         if folder.name == "leftImg8bit" or (folder.name == "images" and any(x.exists() for x in beside)):
             raise InputError(f"{path}: is among the images of a data set, {folder}: choose another folder")
     if path.is_file():  # not a pipe, from which reading would wait
         with contextlib.suppress(Exception):  # bytes that are no image or JSON raise many types
-            if not path.stat().st_size:  # of a full disk
+            if not path.stat().st_size or (not is_image and json.loads(path.read_text()).keys() == SCORES):
                 return
-            if not title and json.loads(path.read_text()).keys() == SCORES:
-                return
-            with Image.open(path) as image:
-                if title and image.info["Software"] == SOFTWARE and image.info.get("Title", title) == title:
+            with Image.open(path) as image:  # images of earlier versions have no title
+                if is_image and image.info["Software"] == SOFTWARE and image.info.get("Title", title) == title:
                     return
     if path.exists():
-        raise InputError(f"{path}: exists, and is not an output of this program: choose another folder or name")
+        raise InputError(f"{path}: exists, and is no {title} of this program: choose another folder or name")

@@ -161,13 +161,9 @@ def save_png(image: np.ndarray, path: Path, title: str) -> None:
 
 
 def write_predictions(
-    forward: Forward,
-    images: Mapping[Path, Path],
-    table: ClassTable,
-    accelerator: Accelerator,
-    save: Path | None = None,
-    export: Path | None = None,
-) -> None:
+    forward: Forward, images: Mapping[Path, Path], table: ClassTable, accelerator: Accelerator,
+    save: Path | None = None, export: Path | None = None,
+) -> None:  # fmt: skip
     """Write the predictions for images.
 
     Args:
@@ -189,11 +185,11 @@ def write_predictions(
         logits = forward(to_tensor(image)[None])[0]
         classes = class_map(logits)[0].byte().cpu().numpy()  # (H, W)
         if export:
-            save_png(labels[classes], export / f"{name}.png", "labels")
+            save_png(labels[classes], export / f"{name}.png", "label image")
         if save:
             colors = table.palette[classes]  # (H, W, 3)
             overlay = ((np.asarray(image, np.uint16) + colors) // 2).astype(np.uint8)
-            save_png(colors, save / f"{name}.png", "class colors")
+            save_png(colors, save / f"{name}.png", "color image")
             save_png(overlay, save / f"{name}_overlay.png", "overlay")
     if save and accelerator.is_main:
         save_png(draw_legend(table), save / "legend.png", "legend")
@@ -209,8 +205,7 @@ def draw_legend(table: ClassTable, row: int = 24) -> np.ndarray:
     image = Image.new("RGB", (3 * row + width, row * len(table)), "white")
     draw = ImageDraw.Draw(image)
     for k, name in enumerate(table.names):
-        draw.rectangle(
-            (4, row * k + 4, 2 * row, row * k + row - 4), fill=tuple(table.palette[k].tolist()), outline="gray"
-        )
+        color = tuple(table.palette[k].tolist())
+        draw.rectangle((4, row * k + 4, 2 * row, row * k + row - 4), fill=color, outline="gray")
         draw.text((2.5 * row, row * (k + 0.5)), name, fill="black", font=font, anchor="lm")
     return np.asarray(image)

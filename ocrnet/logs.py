@@ -45,15 +45,11 @@ def read_log(path: Path) -> Log:
         entry = parse_json_line(line, last) or parse_mmengine_line(line, last)
         if entry.get("split") == "train" and isinstance(entry.get("loss"), (int, float)):
             last = entry["iter"]
-            lr = entry.get("lr")
-            train[last] = entry | {"lr": math.nan if lr is None else lr}
+            train[last] = {"lr": math.nan} | {key: value for key, value in entry.items() if value is not None}
         elif entry.get("split") == "val" and entry.get("mIoU") is not None:  # None: no valid pixels
             val[entry["iter"]] = entry
     if not train and not val:
-        raise InputError(
-            f"{path}: expected log.jsonl, mmsegmentation 0.x's .log.json, or mmengine's lines 'Iter(train) [ 50/40000] "
-            f"... loss: ...'"
-        )
+        raise InputError(f"{path}: expected log.jsonl, .log.json, or lines 'Iter(train) [ 50/40000] ... loss: ...'")
     return Log(name, *([entries[key] for key in sorted(entries)] for entries in (train, val)))
 
 

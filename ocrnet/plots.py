@@ -5,6 +5,7 @@ Notation: H W an image's size, K classes. Images are uint8 (H, W, 3), labels and
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -32,17 +33,12 @@ def error_map(label: np.ndarray, prediction: np.ndarray, table: ClassTable) -> n
     return colors
 
 
-# ---- parts of figures ------------------------------------------------------------------------------------------------
-
-
 def image_axes(
     image: np.ndarray, rows: int, columns: int, width: float, margin: float, title: float = 0.3
 ) -> tuple[plt.Figure, np.ndarray]:
     """A figure of axes in the shape of ``image``, at most twice as tall as wide. Return it and its axes.
 
-    Args:
-        width: inches of one image.
-        margin, title: inches of height for the figure and for each row besides the images.
+    An image is ``width`` inches wide. The figure and each row are ``margin`` and ``title`` inches taller than images.
     """
     height = rows * (width * min(image.shape[0] / image.shape[1], 2) + title) + margin
     fig, axes = plt.subplots(rows, columns, figsize=(columns * width, height), squeeze=False, layout="constrained")
@@ -59,11 +55,12 @@ def save_figure(fig: plt.Figure, path: Path) -> None:
     plt.close(fig)
 
 
-def show_images(axes: Iterable[plt.Axes], images: Mapping[str, np.ndarray]) -> None:
-    """Show each image under its title."""
+def show_images(axes: Iterable[plt.Axes], images: Mapping[str, np.ndarray], **look: Any) -> AxesImage:
+    """Show each image under its title. Return the last one."""
     for axis, (title, image) in zip(axes, images.items()):
-        axis.imshow(image, interpolation="nearest")
+        shown = axis.imshow(image, interpolation="nearest", **look)
         axis.set_title(title)
+    return shown
 
 
 def class_legend(fig: plt.Figure, classes: Iterable[int], table: ClassTable) -> None:
@@ -72,9 +69,9 @@ def class_legend(fig: plt.Figure, classes: Iterable[int], table: ClassTable) -> 
     patches = [Patch(facecolor=table.palette[k] / 255, edgecolor="0.5", label=table.names[k]) for k in classes]
     longest = max((len(table.names[k]) for k in classes), default=1)
     columns = max(int(fig.get_figwidth() / (0.075 * longest + 0.55)), 1)  # inches of a name in this font
-    rows = -(-len(classes) // columns)
-    columns = -(-len(classes) // max(rows, 1)) or 1  # as few as fill these rows
-    fig.set_figheight(fig.get_figheight() + 0.2 * max(rows - 1, 0))
+    rows = max(-(-len(classes) // columns), 1)
+    columns = max(-(-len(classes) // rows), 1)  # as few as fill these rows
+    fig.set_figheight(fig.get_figheight() + 0.2 * (rows - 1))
     fig.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
@@ -86,13 +83,9 @@ def draw_matrix(
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axis.set_yticks(range(len(rows)), rows)
     for i, j in np.argwhere(values >= 0.005 * top) if len(columns) <= 30 else ():
-        color = "black" if values[i, j] > 0.6 * top else "white"
-        text = form.format(values[i, j]).lstrip("0")
+        text, color = form.format(values[i, j]).lstrip("0"), "black" if values[i, j] > 0.6 * top else "white"
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     return image
-
-
-# ---- figures of a run ------------------------------------------------------------------------------------------------
 
 
 def draw_run(folder: Path, forward: Forward, dataset: EvalDataset, confusion: ConfusionMatrix, title: str) -> None:
@@ -105,44 +98,32 @@ def draw_run(folder: Path, forward: Forward, dataset: EvalDataset, confusion: Co
 def save_samples(path: Path, samples: Sequence[tuple[np.ndarray, ...]], table: ClassTable) -> None:
     """One row per sample: image, label, predictions, and the errors of the final one.
 
-    Args:
-        samples: (image, label, final prediction, prediction of the auxiliary output), without the last for FCNHead.
+    A sample is (image, label, final prediction, prediction of the auxiliary output), without the last for FCNHead.
     """
     columns = len(samples[0]) + 1
     tallest = max((sample[0] for sample in samples), key=lambda image: image.shape[0] / image.shape[1])
     fig, axes = image_axes(tallest, len(samples), columns, 3.0, 1.1, title=0.1)
-    shown = set()
-    for i, (image, label, final, *aux) in enumerate(samples):
-        maps = {"label": label, "final prediction": final}
-        shown |= set(np.unique(label)) | set(np.unique(final))
-        if aux:
-            maps["auxiliary output"] = aux[0]
-        colors = {title: table.palette[classes] for title, classes in maps.items()}
-        errors = {"errors, in the color of the prediction": error_map(label, final, table)}
-        row = axes[i * columns : (i + 1) * columns]
+    for row, (image, *maps) in zip(axes.reshape(-1, columns), samples):
+        colors = dict(zip(("label", "final prediction", "auxiliary output"), (table.palette[x] for x in maps)))
+        errors = {"errors, in the color of the prediction": error_map(*maps[:2], table)}
         show_images(row, {"image": image, **colors, **errors})
-        for axis in row if i else ():  # titles above the first row only
-            axis.set_title("")
-    class_legend(fig, sorted(shown), table)
+    for axis in axes[columns:]:  # titles above the first row only
+        axis.set_title("")
+    class_legend(fig, sorted({k for _, *maps in samples for k in np.unique(maps[:2])}), table)
     save_figure(fig, path)
 
 
 def save_scores(path: Path, confusion: ConfusionMatrix, table: ClassTable, title: str) -> None:
     """IoU of each class, and the confusion matrix as shares of each label's pixels."""
-    iou = 100 * confusion.iou().numpy()
-    counts = confusion.counts.cpu().numpy()
-    labeled = counts.sum(1, keepdims=True)
-    fig, (bars, matrix) = plt.subplots(
-        1, 2, figsize=(16, max(7.5, 0.2 * len(table))), width_ratios=[1, 1.7], layout="constrained"
-    )
-    ticks = range(len(table))
+    iou, counts = 100 * confusion.iou().numpy(), confusion.counts.cpu().double()
+    size, ticks = (16, max(7.5, 0.2 * len(table))), range(len(table))
+    fig, (bars, matrix) = plt.subplots(1, 2, figsize=size, width_ratios=[1, 1.7], layout="constrained")
     bars.barh(ticks, np.nan_to_num(iou), color=table.palette[: len(table)] / 255, edgecolor="0.3", linewidth=0.5)
     for k in ticks:
         bars.text(np.nan_to_num(iou[k]) + 1, k, "does not occur" if np.isnan(iou[k]) else f"{iou[k]:.1f}", va="center")
     bars.set(title=f"IoU, mean {100 * confusion.mean_iou():.2f} %", xlabel="IoU (%)", xlim=(0, 112))
-    bars.set_ylim(len(table) - 0.5, -0.5)
-    bars.set_yticks(ticks, table.names)
-    shares = 100 * counts / np.where(labeled, labeled, np.nan)
+    bars.set(ylim=(len(table) - 0.5, -0.5), yticks=ticks, yticklabels=table.names)
+    shares = (100 * counts / counts.sum(1, keepdim=True)).numpy()  # nan without labels
     image = draw_matrix(matrix, shares, table.names, table.names, 100, "{:.0f}", "magma")
     matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label")
     fig.colorbar(image, ax=matrix, label="share of the label's pixels (%)", shrink=0.9)
@@ -156,26 +137,23 @@ def plot_curves(logs: Sequence[Log], path: Path) -> None:
     for i, log in enumerate(logs):
         color, marker = f"C{i % 10}", "o" if len(log.train) == 1 else ""
         if log.train:
-            iters = [entry["iter"] for entry in log.train]
-            values = [entry["loss"] for entry in log.train]
+            iters, values, rates = zip(*((entry["iter"], entry["loss"], entry["lr"]) for entry in log.train))
             window = smoothing_window(values)
-            loss.plot(iters, values, color=color, alpha=0.3, linewidth=1)
             label = f"{log.name}, mean of {window} entries" if window > 1 else log.name
+            loss.plot(iters, values, color=color, alpha=0.3, linewidth=1)
             loss.plot(iters, smooth(values, window), color=color, marker=marker, label=label)
-            lr.plot(iters, [entry["lr"] for entry in log.train], color=color, marker=marker, label=log.name)
-        losses = [(entry["iter"], entry["loss"]) for entry in log.val if "loss" in entry]
+            lr.plot(iters, rates, color=color, marker=marker, label=log.name)
+        losses = [(entry["iter"], entry["loss"]) for entry in log.val if entry.get("loss") is not None]
         if losses:
             loss.plot(*zip(*losses), "o--", color=color, label=f"{log.name}, validation")
-        if log.val:
-            scores = [100 * entry["mIoU"] for entry in log.val]
-            score.plot([entry["iter"] for entry in log.val], scores, "o-", color=color, label=log.name)
-            last = log.val[-1]["iter"], scores[-1]
-            score.annotate(f"{scores[-1]:.2f}", last, (0, 6), textcoords="offset points", ha="center")
-    loss.set(title="loss", xlabel="iteration", ylabel="loss")
-    lr.set(title="learning rate", xlabel="iteration", ylabel="learning rate")
-    score.set(title="validation", xlabel="iteration", ylabel="mIoU (%)")
+        scores = [(entry["iter"], 100 * entry["mIoU"]) for entry in log.val]
+        if scores:
+            score.plot(*zip(*scores), "o-", color=color, label=log.name)
+            score.annotate(f"{scores[-1][1]:.2f}", scores[-1], (0, 6), textcoords="offset points", ha="center")
     score.margins(x=0.1, y=0.15)
-    for axis in (loss, lr, score):
+    titles = {"loss": "loss", "learning rate": "learning rate", "validation": "mIoU (%)"}
+    for axis, (title, label) in zip((loss, lr, score), titles.items()):
+        axis.set(title=title, xlabel="iteration", ylabel=label)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, RUN, entries, error_of
+from conftest import ROOT, RUN, ReachedError, entries, error_of, raise_reached
 from PIL import Image
 
 import evaluate
@@ -54,6 +54,13 @@ def test_images_of_any_size_are_colored_and_explained(main, trained, image, tmp_
     assert long_sides == [50]
 
 
+@pytest.mark.skipif("CAMVID" not in os.environ, reason="CAMVID names the prepared data set")
+def test_the_model_in_the_box_has_its_score(script, tmp_path):
+    flags = ["--ckpt", ROOT / ".assets/camvid.pt", "--data-path", os.environ["CAMVID"], "--device", "cpu"]
+    script("evaluate.py", *flags, "--json", tmp_path / "x.json", processes=2)
+    assert json.loads((tmp_path / "x.json").read_text())["mIoU"] == pytest.approx(0.7008, abs=1e-3)
+
+
 def test_the_model_in_the_box_says_what_it_is_and_colors_its_street_at_any_size(main, tmp_path, capsys):
     street, flags = ROOT / ".assets/street.jpg", ["--ckpt", ROOT / ".assets/camvid.pt", "--device", "cpu"]
     with pytest.raises(InputError, match=f"^--data-path {tmp_path / 'missing'}: "):
@@ -82,13 +89,10 @@ def test_images_of_a_split_keep_their_names_and_folders(main, trained, image, tm
     assert found == {file.format(city) for city in "ab" for file in files}
 
 
-@pytest.mark.parametrize(
-    "what, long_side, files",
-    [
-        ("--data-path {data}", 0, 0), ("--data-path {data} --split train --export {out}", 0, 6),
-        ("--images {city} --save {out}", 256, 11), ("--images {city} --export {out} --long-side 0", 0, 5),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("what, long_side, files", [
+    ("--data-path {data}", 0, 0), ("--data-path {data} --split train --export {out}", 0, 6),
+    ("--images {city} --save {out}", 256, 11), ("--images {city} --export {out} --long-side 0", 0, 5),
+])  # fmt: skip
 def test_flags_of_inference_reach_predictions(
     main, trained, image, tmp_path, monkeypatch, capsys, what, long_side, files
 ):
@@ -107,18 +111,14 @@ def test_flags_of_inference_reach_predictions(
     assert len(list(tmp_path.rglob("*.png"))) == files and (" 256 " in capsys.readouterr().out) == (long_side == 256)
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ("--images x.png --explain out --flip", "--explain"), ("--images x.png --explain out --scales 2", "--explain"),
-        ("--images x.png --explain out --slide 32 32", "--explain"), ("--explain out --compile", "--compile"),
-        ("--images x.png", "--images"), ("--images x.png --save out --export ./out", "--export"),
-        ("--images x.png --save out --split val", "--split"),
-        ("--export out --json x.json", "--json"), ("--save out --json x.json", "--json"),
-        ("--explain out --json x.json", "--json"), ("--export out --long-side 0", "--images"),
-        ("--scales 0", "--scales"), ("--slide 0 32", "--slide"), ("--images x --save y --long-side -1", "--long-side"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("flags, named", [
+    ("--images x.png --explain out --flip", "--explain"), ("--images x.png --explain out --scales 2", "--explain"),
+    ("--images x.png --explain out --slide 32 32", "--explain"), ("--explain out --compile", "--compile"),
+    ("--images x", "--images"), ("--save y --export ./y", "--export"), ("--images x --save y --split val", "--split"),
+    ("--export out --json x.json", "--json"), ("--save out --json x.json", "--json"),
+    ("--explain out --json x.json", "--json"), ("--export out --long-side 0", "--images"),
+    ("--scales 0", "--scales"), ("--slide 0 32", "--slide"), ("--images x --save y --long-side -1", "--long-side"),
+])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused_by_name(main, flags, named, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         main("evaluate.py", "--ckpt", "x.pt", *flags.split())
@@ -149,11 +149,13 @@ def categories(main, data, tmp_path_factory):
     return root
 
 
-def test_a_data_set_brings_its_own_classes(main, categories, tmp_path):
+def test_a_data_set_brings_its_own_classes(main, categories, tmp_path, monkeypatch):
     log = entries(categories / "run/log.jsonl")
     assert log[0]["loss_aux"] == 0 and log[0]["loss"] == log[0]["loss_final"]  # without OCR
     flags = ["--ckpt", categories / "run/last.pt", "--data-path", categories, "--device", "cpu"]
-    main("evaluate.py", *flags, "--json", tmp_path / "scores.json")
+    monkeypatch.setattr(evaluate, "print_scores", raise_reached)
+    with pytest.raises(ReachedError):
+        main("evaluate.py", *flags, "--json", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(log[-1]["IoU"]) == list(scores["IoU"]) == NAMES and scores["mIoU"] == log[-1]["mIoU"]
     labels = [read_label(sample.label, read_classes(categories)) for sample in find_samples(categories, "val")]

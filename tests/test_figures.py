@@ -68,10 +68,8 @@ def test_matrix_shows_its_numbers_at_their_places(figures):
     _, axis = plt.subplots()
     values = np.array([[0.5, 2.0, 1.21], [0.009, np.nan, 0.01]])
     image = draw_matrix(axis, values, ["a", "b"], ["c", "d", "e"], 2, "{:.2f}", "magma")
-    assert [(*text.get_position(), text.get_text(), text.get_color(), text.get_ha()) for text in axis.texts] == [
-        (0, 0, ".50", "white", "center"), (1, 0, "2.00", "black", "center"), (2, 0, "1.21", "black", "center"),
-        (2, 1, ".01", "white", "center"),
-    ]  # fmt: skip
+    numbers = [(*x.get_position(), x.get_text(), x.get_color()) for x in axis.texts if x.get_ha() == "center"]
+    assert numbers == [(0, 0, ".50", "white"), (1, 0, "2.00", "black"), (2, 0, "1.21", "black"), (2, 1, ".01", "white")]
     assert texts(axis.get_xticklabels()) == ["c", "d", "e"] and texts(axis.get_yticklabels()) == ["a", "b"]
     assert {label.get_rotation() for label in axis.get_xticklabels()} == {45}  # or long names overlap
     assert np.array_equal(image.get_array(), values, equal_nan=True) and image.get_clim() == (0, 2)
@@ -146,10 +144,8 @@ def test_curves_are_those_of_the_logs(tmp_path, figures):
     }
     for axis, (names, lines) in zip(figures["x.png"].axes, expected.items(), strict=True):
         assert (axis.get_title(), axis.get_ylabel(), axis.get_xlabel()) == (*names, "iteration")
-        assert [
-            (line.get_label(), *map(list, line.get_data()), line.get_color() + line.get_marker()) for line in axis.lines
-            if not line.get_label().startswith("_")
-        ] == lines  # fmt: skip
+        named = [x for x in axis.lines if not x.get_label().startswith("_")]
+        assert [(x.get_label(), *map(list, x.get_data()), x.get_color() + x.get_marker()) for x in named] == lines
         assert texts(axis.get_legend().get_texts()) == [line[0] for line in lines]
     loss, lr, score = figures["x.png"].axes
     assert [list(x) for x in loss.lines[0].get_data()] == [iters, losses] and loss.lines[0].get_alpha() < 1  # pale

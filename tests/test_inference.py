@@ -1,7 +1,10 @@
 """Inference and evaluation: properties that hold for every model, tested with small ones."""
 
 import itertools
+import os
 import re
+from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -169,10 +172,29 @@ def test_only_own_outputs_are_overwritten_and_none_is_among_the_images(tmp_path)
             write_predictions(by_red, list_images(images), CITYSCAPES, CPU, tmp_path / "new")
         assert not (tmp_path / "new").exists()
         write_predictions(by_red, list_images(images), CITYSCAPES, CPU, export=tmp_path / "ids")
+    with pytest.raises(InputError, match=f"^{tmp_path / 'ids/a.png'}: "):  # colors are no ids
+        write_predictions(by_red, list_images([a]), CITYSCAPES, CPU, tmp_path / "ids")
     (tmp_path / "link").symlink_to(tmp_path.parent)
     for folder in ("save", "export"):  # where a.png would be another image of the name a
         with pytest.raises(InputError, match=f"^{tmp_path / 'link'}: "):
             write_predictions(by_red, {a: f"{tmp_path.name}/c"}, CITYSCAPES, CPU, **{folder: tmp_path / "link"})
+
+
+def test_outputs_are_whole_or_absent_and_not_among_the_images_of_a_data_set(tmp_path, monkeypatch):
+    (image,) = save_images(tmp_path / "images/val", "a.png")
+    write = partial(write_predictions, by_red, {image: "a"}, CITYSCAPES, CPU, None)
+    (tmp_path / "labels").mkdir(), (tmp_path / "link").symlink_to(image.parent), (tmp_path / "out").mkdir()
+    for folder in (image.parent / "b", tmp_path / "link/b"):
+        with pytest.raises(InputError, match=f"^{folder}/a.png: "):
+            write(folder)
+    (tmp_path / "out/a.png.part").write_text("mine"), (tmp_path / "out/a.png").touch()  # an empty file is none
+    write(tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    for folder in ("out", "new"):
+        with pytest.raises(InputError, match=f"^{tmp_path / folder / 'a.png'}: .*No space"):
+            write(tmp_path / folder)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")} and b"mine" in before.values()
 
 
 def test_every_rank_takes_its_share_and_the_first_writes_the_legend(tmp_path, monkeypatch):

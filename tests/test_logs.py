@@ -48,11 +48,10 @@ def test_log_of_a_run_is_read_by_its_folder_or_its_file(tmp_path, monkeypatch):
 
 def test_what_is_no_entry_is_skipped_and_the_last_of_an_iteration_counts(tmp_path):
     others = [VAL | {"mIoU": None}, VAL | {"iter": "100"}, VAL | {"iter": True}, {"iter": 5}, [1, 2], 3, {"seed": 0}]
-    others.append(TRAIN | {"loss": None})
     later = TRAIN | {"iter": 100}
     path = write(tmp_path / "log.jsonl", "\udcff\n", *others, later | {"loss": 7}, TRAIN, later, json.dumps(VAL)[:-9])
     assert read_log(path)[1:] == ([TRAIN, later], [])
-    assert read_log(write(path, VAL))[1:] == ([], [VAL])
+    assert read_log(write(path, TRAIN | {"loss": None}, VAL))[1:] == ([], [VAL])
     assert [np.isnan(read_log(write(path, TRAIN | lr)).train[0]["lr"]) for lr in ({}, {"lr": None})] == [False, True]
 
 
@@ -67,15 +66,12 @@ def test_log_of_mmengine_is_read(tmp_path):
 
 
 def test_log_of_mmsegmentation_0_is_read(tmp_path):
-    lines = [{"env_info": "x", "iter": 3}, {"mode": "val", "iter": 9, "mIoU": 0.1}]
-    for iteration in (50, 100):  # a validation counts iterations, or images
-        lines += [{"mode": "train", "epoch": 1, "iter": iteration, "lr": iteration / 1e3, "loss": 2 / iteration}]
-        lines += [{"mode": "val", "epoch": 1, "iter": 150 - iteration, "lr": 0.01, "mIoU": iteration / 200}]
+    train = [{"mode": "train", "epoch": 1, "iter": i, "lr": i / 1e3, "loss": 2 / i} for i in (50, 100)]
+    val = [{"mode": "val", "epoch": 1, "iter": i, "lr": 0.01, "mIoU": i / 200} for i in (9, 50, 20)]  # 20: images
     for file, name in (("a_033320.log.json", "a_033320"), ("b/20200601_033320.log.json", "b")):
-        found, train, val = read_log(write(tmp_path / file, *lines))
-        shown = [(x["iter"], x["loss"], x["lr"]) for x in train]
-        assert found == name and shown == [(50, 0.04, 0.05), (100, 0.02, 0.1)]
-        assert [(x["iter"], x["mIoU"]) for x in val] == [(50, 0.25), (100, 0.5)]
+        log = read_log(write(tmp_path / file, {"env": "x", "iter": 3}, val[0], train[0], val[1], train[1], val[2]))
+        shown = [(x["iter"], x["loss"], x["lr"]) for x in log.train], [(x["iter"], x["mIoU"]) for x in log.val]
+        assert log.name == name and shown == ([(50, 0.04, 0.05), (100, 0.02, 0.1)], [(50, 0.25), (100, 0.1)])
 
 
 def test_file_that_is_not_a_log_is_named(tmp_path):
@@ -98,13 +94,11 @@ def test_losses_are_compared_where_both_logs_have_iterations():
 
     first, second = log({2 * i: i for i in range(1, 13)}), log({2 * i - 1: 10 * i for i in range(1, 12)})
     assert [x.tolist() for x in compare_losses(first, second)] == [[*range(1, 11)], [20, *range(25, 115, 10)]]
-    between = [*np.arange(1.5, 10), 10]
-    assert [x.tolist() for x in compare_losses(second, first)] == [[*range(20, 120, 10)], between]
-    assert len(compare_losses(first, log(dict.fromkeys(range(4, 41, 2), 1)))[0]) == 11
-    few = [log(dict.fromkeys(range(start, 41, 2), 1)) for start in (8, 24, 26)]
-    for pair in ((first, log({})), *((first, other) for other in few), *((other, first) for other in few)):
-        with pytest.raises(InputError, match="^--compare: .* [019] of "):
-            compare_losses(*pair)
+    assert [x.tolist() for x in compare_losses(second, first)] == [[*range(20, 120, 10)], [*np.arange(1.5, 10), 10]]
+    for other in (log({}), *(log(dict.fromkeys(range(start, 41, 2), 1)) for start in (8, 24, 26))):
+        for pair in ((first, other), (other, first)):
+            with pytest.raises(InputError, match="^--compare: .* [019] of "):
+                compare_losses(*pair)
 
 
 def test_a_log_is_cut_where_the_checkpoint_stands(tmp_path):
@@ -143,16 +137,13 @@ def test_a_run_is_plotted_beside_a_log_of_mmengine(main, logs, tmp_path, capsys)
     assert str(tmp_path / "all.PNG") in printed and Image.open(tmp_path / "all.PNG").format == "PNG"
 
 
-@pytest.mark.parametrize(
-    "losses, other, passes",
-    [
-        ([1.049] * 10, [1] * 10, True), ([1.051] * 10, [1] * 10, False), (NAN, LOSSES, False), (NAN, NAN, False),
-        ([0.6] * 10, [1] * 10, False), ([1.2, 0.8] * 5, [1] * 10, False),  # whose signed means pass
-        ([1.19e-3] * 10, [1e-3] * 10, True), ([1.21e-3] * 10, [1e-3] * 10, False),
-        ([1] * 20 + [math.inf] + [1] * 3, [1] * 24, False),  # the means of two entries are finite
-        ([1 / i for i in range(1, 51)], [1 / i for i in range(1, 201)], True),  # its own first part
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("losses, other, passes", [
+    ([1.049] * 10, [1] * 10, True), ([1.051] * 10, [1] * 10, False), (NAN, LOSSES, False), (NAN, NAN, False),
+    ([0.6] * 10, [1] * 10, False), ([1.2, 0.8] * 5, [1] * 10, False),  # whose signed means pass
+    ([1.19e-3] * 10, [1e-3] * 10, True), ([1.21e-3] * 10, [1e-3] * 10, False),
+    ([1] * 20 + [math.inf] + [1] * 3, [1] * 24, False),  # the means of two entries are finite
+    ([1 / i for i in range(1, 51)], [1 / i for i in range(1, 201)], True),  # its own first part
+])  # fmt: skip
 def test_losses_are_compared_by_absolute_differences(main, tmp_path, losses, other, passes):
     with contextlib.nullcontext() if passes else pytest.raises(SystemExit, match="^1$"):
         main("plot_curve.py", run_of(tmp_path / "a", losses), run_of(tmp_path / "b", other), "--compare")
@@ -162,9 +153,8 @@ def test_losses_are_compared_by_absolute_differences(main, tmp_path, losses, oth
 def test_two_logs_are_compared_in_numbers_and_with_a_png_if_asked_for(main, logs, tmp_path, capsys):
     first = run_of(tmp_path / "a", np.multiply(LOSSES, [1.04, 0.98, 1, 0.96] * 3))
     main("plot_curve.py", first, logs[0], "--compare", "--output", tmp_path / "x.png")
-    printed = capsys.readouterr().out.partition(str(tmp_path / "x.png"))[2]
-    numbers = re.findall(r"[-+]?\d+\.\d+%?", printed)
-    assert numbers == ["0.7200", "0.7500", "2.50%", "-0.50%", "0.04500", "0.0002"] and "\n12 " in printed
+    numbers = re.findall(r"\n\d+|[-+]?\d+\.\d+%?", capsys.readouterr().out.partition(str(tmp_path / "x.png"))[2])
+    assert numbers == ["\n12", "0.7200", "0.7500", "2.50%", "-0.50%", "0.04500", "0.0002"]
     for args in ((first, "--compare"), (first, *logs, "--compare"), (first, "--output", tmp_path / "curve.svg")):
         with pytest.raises(SystemExit, match="^2$"):
             main("plot_curve.py", *args)

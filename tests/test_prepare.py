@@ -60,6 +60,9 @@ def test_prepare_unpacks_maps_checks_counts_and_then_finds_nothing_to_do(main, d
     main("prepare_cityscapes.py", "--data-path", root, "--zips", zips)
     assert capsys.readouterr().out == printed and not bars
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*/*")}
+    (label := find_samples(root, "val")[0].label).write_bytes(b"corrected by hand")
+    prepare_cityscapes.unpack(zips / "gtFine_trainvaltest.zip", "_labelIds.png", root)
+    assert label.read_bytes() == b"corrected by hand" and str(label) in capsys.readouterr().out
 
 
 def test_generated_data_is_written_and_only_a_test_split_needs_no_labels(main, tmp_path, monkeypatch, capsys):

@@ -2,9 +2,9 @@
 
 A scene is painted piece by piece, from far to near, through a pinhole camera. Image and label get the same flat pieces,
 so the labels are exact. Color does not determine the class: road, sidewalk, building, wall and fence share their grays,
-and vehicles, signs and clothes share their paints. Shape, texture, position and context do. All buildings of one street
-have about one color, as have its walls, its trees and so on, under a light of its own: what a class looks like in
-*this* image says more than its color in all images.
+vegetation and terrain their greens, vehicles, signs and clothes their paints. Shape, texture, position and context do.
+All buildings of one street have about one color, as have its walls, its trees and so on, under a light of its own: what
+a class looks like in *this* image says more than its color in all images.
 
 World: X to the right, Y up from the ground, Z away from the camera, in meters. Notation: H W the image's size.
 """
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from tqdm.contrib.concurrent import process_map
 
 from .. import InputError
-from ..files import named_errors
+from ..files import atomic_write
 from .classes import CITYSCAPES
 
 SIZE = (128, 256)  # H, W of an image
@@ -35,11 +35,6 @@ LABEL = "gtFine/{0}/synth{0}/synth{0}_{1:06d}_000000_gtFine_labelIds.png"
 def gray(rng: np.random.Generator) -> np.ndarray:
     """One of the grays that road, sidewalk, building, wall and fence share."""
     return rng.uniform(80, 165) + rng.uniform(-12, 12, 3)
-
-
-def green(rng: np.random.Generator) -> np.ndarray:
-    """One of the greens and browns that vegetation and terrain share."""
-    return rng.uniform((60, 80, 35), (125, 135, 75))
 
 
 def vivid(rng: np.random.Generator) -> np.ndarray:
@@ -75,7 +70,7 @@ class Scene:
         self.center, self.horizon = width * rng.uniform(0.4, 0.6), height * rng.uniform(0.36, 0.5)
         self.eye = rng.uniform(1.3, 2.0)  # height of the camera, meters
         self.materials = {kind: gray(rng) for kind in ("building", "wall", "fence", "pole")}
-        self.materials |= {kind: green(rng) for kind in ("vegetation", "terrain")}
+        self.materials |= {kind: rng.uniform((60, 80, 35), (125, 135, 75)) for kind in ("vegetation", "terrain")}
 
     def material(self, kind: str) -> np.ndarray:
         """The color of a class in this street, with a little variation."""
@@ -155,8 +150,7 @@ def two_wheeler(scene: Scene, x: float, z: float, ridden: bool) -> None:
     if label == "motorcycle":
         frame, tire = [(-0.9, 0.3), (0.9, 0.3), (0.7, 1.1), (0.3, 0.9), (-0.8, 0.95)], (35, 35, 38)
     wheels = [(label, disc(u, 0.36, 0.36), tire) for u in (-0.6, 0.6)]
-    rider = body("rider", scene.rng, 0.2) if ridden else []
-    scene.figure(x, z, *rider, *wheels, (label, frame, color))
+    scene.figure(x, z, *(body("rider", scene.rng, 0.2) if ridden else ()), *wheels, (label, frame, color))
 
 
 def vehicle(scene: Scene, label: str, x: float, z: float) -> None:
@@ -183,12 +177,12 @@ def pole(scene: Scene, x: float, z: float, carries: str) -> None:
     pieces = [("pole", box(-0.13, 0, 0.26, height), scene.material("pole") * 0.8)]
     if carries == "traffic sign":
         corners = rng.choice([3, 4, 12])
-        pieces += [(carries, disc(0, height - 0.4, 0.7, corners), vivid(rng))]
-        pieces += [(None, disc(0, height - 0.4, 0.42, corners), (225, 225, 225))]
+        board, inside = (disc(0, height - 0.4, radius, corners) for radius in (0.7, 0.42))
+        pieces += [(carries, board, vivid(rng)), (None, inside, (225, 225, 225))]
     if carries == "traffic light":
         pieces += [(carries, box(-0.25, height - 1.1, 0.5, 1.2), (40, 40, 40))]
-        for i, lamp in enumerate([(60, 200, 110), (230, 180, 50), (220, 50, 40)]):
-            pieces += [(None, disc(0, height - 0.88 + 0.37 * i, 0.15, 8), lamp)]
+        lamps = enumerate([(60, 200, 110), (230, 180, 50), (220, 50, 40)])
+        pieces += [(None, disc(0, height - 0.88 + 0.37 * i, 0.15, 8), color) for i, color in lamps]
     scene.figure(x, z, *pieces)
 
 
@@ -252,24 +246,17 @@ def street(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> tuple[Imag
     return image.reduce(2), Image.fromarray(scene.label[::2, ::2])
 
 
-# ---- writing a data set ----------------------------------------------------------------------------------------------
-
-
 def write_scene(root: Path, split: str, index: int) -> None:
     """Write image and label of one scene, which depends only on split and index."""
-    images = street(np.random.default_rng([0, sorted(SPLITS).index(split), index]))
-    for image, name in zip(images, (IMAGE, LABEL)):
-        path = root / name.format(split, index)
-        with named_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
+    for image, name in zip(street(np.random.default_rng([0, sorted(SPLITS).index(split), index])), (IMAGE, LABEL)):
+        with atomic_write(root / name.format(split, index)) as part:
+            image.save(part, format="PNG")
 
 
 def write_dataset(root: Path, splits: dict[str, int] = SPLITS) -> None:
     """Write ``splits`` (name -> scenes) in Cityscapes' layout as ``root``, whole or not at all, unless they are there.
 
-    Raises:
-        InputError: ``root`` exists and is something else.
+    Raise InputError if ``root`` exists and is something else.
     """
     if root.exists():
         if all((root / IMAGE.format(split, 0)).exists() for split in splits):

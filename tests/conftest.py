@@ -50,8 +50,6 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-# ---- running scripts -------------------------------------------------------------------------------------------------
-
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["train", "evaluate", "torch._dynamo"])  # imported once, for all processes
 
@@ -183,11 +181,7 @@ def family(pid: int) -> list[int]:
     return [pid, *(descendant for child in children for descendant in family(int(child)))]
 
 
-# ---- runs of train.py ------------------------------------------------------------------------------------------------
-
-RUN = [
-    "--model", "tiny", "--crop-size", 32, 64, "--batch-size", 2, "--workers", 1, "--log-every", 1, "--device", "cpu",
-]  # fmt: skip
+RUN = ["--model=tiny", "--crop-size", "32", "64", "--batch-size=2", "--workers=1", "--log-every=1", "--device=cpu"]
 EIGHT_ITERATIONS = [*RUN, "--max-iters=8", "--val-every=4", "--save-every=3", "--log-every=2", "--class-weights=auto"]
 
 

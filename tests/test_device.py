@@ -57,18 +57,16 @@ def test_sdaa_scales_the_loss_with_its_own_scaler(sdaa):
         assert sdaa[-1] == ("GradScaler", False)
 
 
-@pytest.mark.parametrize(
-    "known, expected", [(["inductor", "teco_inductor"], "teco_inductor"), (["inductor"], "inductor")]
-)
-def test_sdaa_compiles_with_its_own_backend_where_there_is_one(sdaa, monkeypatch, capsys, known, expected):
+@pytest.mark.parametrize("known", [["inductor", "teco_inductor"], ["inductor"]])
+def test_sdaa_compiles_with_its_own_backend_where_there_is_one(sdaa, monkeypatch, capsys, known):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, backend: compiled.append((model, backend)))
     monkeypatch.setattr(torch._dynamo, "list_backends", lambda: known)
     accelerator, model = Accelerator("sdaa"), torch.nn.ReLU()
     accelerator.rank = 0
     accelerator.compile(model, frozen=True)
-    assert compiled == [(model, expected)] and not config.freezing
-    assert f" {expected}\n" in capsys.readouterr().out
+    assert compiled == [(model, known[-1])] and not config.freezing
+    assert f" {known[-1]}\n" in capsys.readouterr().out
 
 
 def test_sdaa_seeds_its_generators_and_needs_no_loss_scaling_of_its_own(sdaa):
@@ -93,9 +91,8 @@ def test_weights_are_constants_only_where_a_cpu_evaluates(monkeypatch):
 
 def test_more_processes_than_devices_are_refused(sdaa, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match="--device sdaa"):
         Accelerator("sdaa")
-    assert "--device sdaa" in str(error.value)
     assert sdaa == []  # before anything is set up
 
 
@@ -117,25 +114,17 @@ def test_unavailable_device_is_refused(name, monkeypatch, train_here):
     assert Accelerator().device.type == "cpu"
 
 
-def dtype_under(accelerator):
-    with accelerator.autocast():
-        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-
-
-@pytest.mark.parametrize(
-    "has, expected", [("amx_bf16", True), ("avx512_bf16", True), ("avx512_f", False), (None, False)]
-)
-def test_bf16_is_the_default_on_cpus_that_have_it(monkeypatch, has, expected):
+@pytest.mark.parametrize("has", ["amx_bf16", "avx512_bf16", "avx512_f", None])
+def test_bf16_is_the_default_on_cpus_that_have_it(monkeypatch, has):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True}, raising=False)
     if has is None:  # older versions of torch do not say
         monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert device.cpu_has_bf16() is expected
+    assert device.cpu_has_bf16() is ("bf16" in str(has))
 
 
-@pytest.mark.parametrize(
-    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
-)
-def test_cuda_takes_bf16_where_the_card_has_it(monkeypatch, capability, dtype):
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_cuda_takes_bf16_where_the_card_has_it(monkeypatch, capability):
+    dtype = torch.float16 if capability == (7, 5) else torch.bfloat16
     fake = dict(is_available=lambda: True, device_count=lambda: 1, set_device=lambda index: None)
     for name, function in {**fake, "get_device_capability": lambda card: capability}.items():
         monkeypatch.setattr(torch.cuda, name, function)
@@ -170,9 +159,7 @@ def test_fp32_is_exact_on_a_card_too(monkeypatch, amp):
 
 
 def test_several_processes_wrap_the_model_for_their_device(sdaa, monkeypatch):
-    monkeypatch.setattr(
-        torch.nn.parallel, "DistributedDataParallel", lambda _, **options: types.SimpleNamespace(**options)
-    )
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda _, **x: types.SimpleNamespace(**x))
     cpu, sdaa, model = Accelerator("cpu"), Accelerator("sdaa"), torch.nn.Sequential(torch.nn.BatchNorm2d(1))
     assert [x.wrap_ddp(model).device_ids for x in (cpu, sdaa)] == [None, [1]]
     assert "2 x cpu" in str(cpu) and str(sdaa) == "2 x sdaa (fake), autocast torch.float16"
@@ -193,19 +180,18 @@ def test_the_package_of_a_device_is_imported(tmp_path, monkeypatch):
     sys.modules.pop("torch_sdaa")
 
 
-@pytest.mark.parametrize(
-    "amp_dtype, dtype, scaled",
-    [(None, torch.bfloat16, False), ("bf16", torch.bfloat16, False), ("fp16", torch.half, True)],
-)
-def test_only_fp16_scales_the_loss(amp_dtype, dtype, scaled):
-    accelerator = Accelerator("cpu", amp=True, amp_dtype=amp_dtype)
-    assert accelerator.amp and accelerator.amp_dtype == dtype
-    assert dtype_under(accelerator) == dtype and accelerator.grad_scaler().is_enabled() == scaled
-    off = Accelerator("cpu", amp=False, amp_dtype=amp_dtype)
-    assert dtype_under(off) == torch.float32 and not off.grad_scaler().is_enabled()
+@pytest.mark.parametrize("amp_dtype", [None, "bf16", "fp16"])
+def test_only_fp16_scales_the_loss(amp_dtype):
+    half = torch.float16 if amp_dtype == "fp16" else torch.bfloat16
+    for amp, dtype in ((True, half), (False, torch.float32)):
+        accelerator = Accelerator("cpu", amp=amp, amp_dtype=amp_dtype)
+        with accelerator.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+        assert accelerator.amp == amp and accelerator.grad_scaler().is_enabled() == (dtype == torch.float16)
 
 
-def test_one_process_needs_no_process_group(capsys):
+def test_one_process_needs_no_process_group(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as some clusters set it, but no RANK
     accelerator = Accelerator("cpu")
     model = torch.nn.BatchNorm2d(1)
     assert accelerator.wrap_ddp(model) is model and type(accelerator.convert_sync_bn(model)) is torch.nn.BatchNorm2d
@@ -217,11 +203,6 @@ def test_one_process_needs_no_process_group(capsys):
     accelerator.print0("printed")
     assert capsys.readouterr().out == "printed\n"
     accelerator.close()
-
-
-def test_a_size_without_a_rank_is_no_process_group(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")  # as some clusters set it
-    assert Accelerator("cpu").world_size == 1
 
 
 def test_a_closed_pipe_does_not_end_a_run(monkeypatch):

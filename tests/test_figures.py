@@ -156,8 +156,7 @@ def test_the_figures_of_a_run_are_drawn_from_its_log_its_data_and_its_scores(tmp
     write(tmp_path / "run/log.jsonl", VAL)
     dataset, logits = EvalDataset(find_samples(data, "val"), CITYSCAPES), torch.zeros(1, 19, 128, 256)
     plots.draw_run(tmp_path / "run", lambda image: (logits, logits), dataset, ConfusionMatrix(19), "iteration 4")
-    counts = {name: len(figure.axes) for name, figure in figures.items()}
-    assert counts == {"curve.png": 3, "samples.png": 20, "scores.png": 3}
+    assert {name: len(x.axes) for name, x in figures.items()} == {"curve.png": 3, "samples.png": 20, "scores.png": 3}
     loss, lr, score = figures["curve.png"].axes
     assert texts(score.get_legend().get_texts()) == ["run"] and loss.get_legend() is None
     assert texts(loss.texts) == texts(lr.texts) == ["none in the log"] != texts(score.texts)
@@ -256,9 +255,8 @@ def test_relation_is_that_of_the_most_confident_pixels(explained, explanation):
         marks.append((x, y, "o", False, x, y, str(number)))  # whole at the border
     np.testing.assert_allclose(shown(matrix), torch.stack(rows), rtol=1e-5)
     assert texts(matrix.get_xticklabels()) == NAMES and texts(matrix.get_yticklabels()) == names
-    assert all(
-        (matrix.get_xlabel(), matrix.get_ylabel(), bar.get_ylabel(), texts(bar.figure.texts)[0].startswith("3."))
-    )
+    labels = matrix.get_xlabel(), matrix.get_ylabel(), bar.get_ylabel()
+    assert all(labels) and texts(bar.figure.texts)[0].startswith("3.")
     assert {len(text.get_text()) for text in matrix.texts} == {3} and not where.axison  # .25
     assert marks == [
         (*line.get_xydata()[0], line.get_marker(), line.get_clip_on(), *text.get_position(), text.get_text())

@@ -13,6 +13,8 @@ from ocrnet import InputError
 from ocrnet.models import BACKBONES, HRNet, build_model, hub, load_weights, weights
 from ocrnet.models.hub import url_of
 
+CACHE = "home/hub/checkpoints"  # torch's, below tmp_path
+
 
 @pytest.fixture
 def model(monkeypatch):
@@ -44,13 +46,9 @@ def serve(folder, content, monkeypatch):
     monkeypatch.setitem(hub.IMAGENET, "hr18", f"small-{digest}")
 
 
-def cached(tmp_path) -> list:
-    return [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
-
-
 def test_weights_are_downloaded_once(server, model, tmp_path):
     assert not load_weights(model, "imagenet").ignored
-    (served,), (file,) = server.iterdir(), cached(tmp_path)
+    (served,), (file,) = server.iterdir(), (tmp_path / CACHE).iterdir()
     assert file.name == served.name
     served.unlink()
     assert not load_weights(model, "imagenet").ignored
@@ -70,7 +68,7 @@ def test_file_of_another_hash_is_refused_and_not_kept(server, model, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"^{url_of('imagenet', 'hr18')}: invalid hash"):
         load_weights(model, "imagenet")
-    assert not cached(tmp_path)
+    assert not any((tmp_path / CACHE).iterdir())
 
 
 def test_without_an_answer_the_error_says_where_the_file_belongs(server, model, tmp_path, monkeypatch):
@@ -79,7 +77,7 @@ def test_without_an_answer_the_error_says_where_the_file_belongs(server, model, 
         for port in (9, silent.getsockname()[1]):  # nobody listens at 9
             monkeypatch.setattr(hub, "PRETRAIN_URL", f"http://127.0.0.1:{port}")
             url = url_of("imagenet", "hr18")
-            place = tmp_path / "home/hub/checkpoints" / url.rsplit("/", 1)[1]
+            place = tmp_path / CACHE / url.rsplit("/", 1)[1]
             with pytest.raises(InputError, match=f"^{url}: not downloaded .*: put the file at {place}$"):
                 load_weights(model, "imagenet")
     assert socket.getdefaulttimeout() is None

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_datasets import save
 from torch import nn
 
 from ocrnet import InputError
@@ -100,11 +101,8 @@ def test_a_pixel_has_the_mean_logits_of_its_windows():
 
 
 def save_images(folder, *names):
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, name in enumerate(names):
-        pixels = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    return [folder / name for name in names]
+    rng = np.random.default_rng(0)
+    return [save(folder / name, rng.integers(0, 256, (5, 7, 3))) for name in names]
 
 
 def test_folders_are_listed_by_their_images_and_unusable_paths_are_named(tmp_path):
@@ -132,10 +130,8 @@ def test_images_are_colored_by_class_and_exported_as_ids(tmp_path, capsys):
     assert all(re.search(rf"\b2 .*{tmp_path / folder}$", printed, re.MULTILINE) for folder in ("out", "ids"))
     names = {"out": ["a", "a_overlay", "b", "b_overlay", "legend"], "ids": ["a", "b"]}
     assert {folder: sorted(path.stem for path in (tmp_path / folder).glob("*.png")) for folder in names} == names
-    image, colors, mixed, legend, ids = (
-        np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
-        for name in ("a", "out/a", "out/a_overlay", "out/legend", "ids/a")
-    )
+    paths = (tmp_path / f"{name}.png" for name in ("a", "out/a", "out/a_overlay", "out/legend", "ids/a"))
+    image, colors, mixed, legend, ids = (np.asarray(Image.open(path)).astype(int) for path in paths)
     classes = image[..., 0] % 19
     assert np.array_equal(colors, CITYSCAPES.palette[classes]) and np.array_equal(mixed, (image + colors) // 2)
     assert np.array_equal(ids, np.array(CITYSCAPES.ids)[classes]) and np.array_equal(legend, draw_legend(CITYSCAPES))

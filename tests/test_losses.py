@@ -19,9 +19,8 @@ def test_loss_is_that_of_the_logits_and_two_fifths_of_the_auxiliary_one_over_all
     logits, region_logits = torch.randn(2, 2, 3, 4, 4, requires_grad=True)
     label = torch.randint(0, 3, (2, 4, 4))
     label[:, 1:, :2] = 255
-    final, auxiliary = (
-        cross_entropy_by_hand(x, label, torch.ones(3) if weights is None else weights) for x in (logits, region_logits)
-    )
+    by_class = torch.ones(3) if weights is None else weights
+    final, auxiliary = (cross_entropy_by_hand(x, label, by_class) for x in (logits, region_logits))
     loss, parts = ocr_loss((logits, region_logits), label, weights)
     assert loss.requires_grad and not parts.requires_grad
     torch.testing.assert_close(parts, torch.stack([final, auxiliary]).detach())

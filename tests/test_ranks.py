@@ -20,8 +20,6 @@ from ocrnet.device import Accelerator, agree_on_prefix
 from ocrnet.models import build_model
 from ocrnet.sync_bn import SyncBatchNorm2d, convert_sync_bn
 
-# ---- synchronized BatchNorm ------------------------------------------------------------------------------------------
-
 CASES = [((3, 1), torch.float64), ((2, 2), torch.bfloat16)]
 
 
@@ -112,9 +110,6 @@ def test_processes_sum_exactly_and_agree(of_ranks):
         assert of_rank_0 == {"rank": 0} and flags == [False, True, True]
 
 
-# ---- starts ----------------------------------------------------------------------------------------------------------
-
-
 def test_processes_that_start_again_share_new_keys_in_the_old_store():
     store = dist.HashStore()
 
@@ -148,9 +143,6 @@ def test_a_killed_process_is_restarted_once(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", *launcher], cwd=tmp_path, env=environment, check=True, timeout=120)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2.0", "2.0"]
-
-
-# ---- gradient accumulation -------------------------------------------------------------------------------------------
 
 
 def test_accumulated_batches_are_equivalent_to_one_with_the_same_statistics(script, data, tmp_path):

@@ -31,9 +31,6 @@ def copy_at(trained, folder, **progress):
     return (folder / "last.pt").read_bytes()
 
 
-# ---- kill, stop, resume ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("flags", [[], ["--amp", "--amp-dtype", "fp16"]], ids=["fp32", "fp16"])
 def test_eight_iterations_are_four_and_a_resume_of_four(train_here, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(HRNet, "dropout", 0.5)
@@ -194,9 +191,6 @@ def test_a_setting_that_must_match_is_refused_with_both_values(train_here, train
     assert (tmp_path / "last.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-# ---- the folder and its files ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.jsonl"])
 def test_a_folder_with_a_part_of_a_run_is_refused_before_data_is_read(train_here, trained, tmp_path, name):
     shutil.copy(trained / name, tmp_path)
@@ -225,13 +219,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_is_finite(tmp_pa
     path, calls, fsync, replace = tmp_path / "last.pt", [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda part, to: calls.append((to, path.exists())) or replace(part, to))
-    state = {
-        "model": {"x": torch.ones(9)},
-        "config": {},
-        "optimizer": [1, {"y": torch.ones(2)}],
-        "iter": 1,
-        "settings": {},
-    }
+    state = dict(model={"x": torch.ones(9)}, config={}, optimizer=[1, {"y": torch.ones(2)}], iter=1, settings={})
     save_checkpoint(path, state)
     assert calls == [path.stat().st_size, (path, False)] and [*tmp_path.iterdir()] == [path]
     torch.testing.assert_close(load_checkpoint(path), state, rtol=0, atol=0)
@@ -241,13 +229,11 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_is_finite(tmp_pa
     assert (load_checkpoint(path)["model"]["x"] == 1).all()
 
 
-@pytest.mark.parametrize(
-    "count, names, side", [(19, None, 2048), (19, NAMES, 2048), (19, NAMES[::-1], 0), (3, None, 0)]
-)
-def test_photos_have_the_size_of_cityscapes_for_weights_of_its_classes(tmp_path, monkeypatch, count, names, side):
+@pytest.mark.parametrize("K, names, side", [(19, None, 2048), (19, NAMES, 2048), (19, NAMES[::-1], 0), (3, None, 0)])
+def test_photos_have_the_size_of_cityscapes_for_weights_of_its_classes(tmp_path, monkeypatch, K, names, side):
     for name in {*BACKBONES} - {"tiny"}:  # of which building takes time
         monkeypatch.delitem(BACKBONES, name)
-    path, model = tmp_path / "x.pth", build_model("tiny", count)
+    path, model = tmp_path / "x.pth", build_model("tiny", K)
     meta = {"CLASSES": names, "PALETTE": [[k, k, k] for k in range(19)]}
     for state, expected in (
         ({"state_dict": as_mmsegmentation(model), "meta": meta}, (side, "", False, names)),

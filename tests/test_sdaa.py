@@ -53,10 +53,8 @@ def test_a_run_on_sdaa_resumes_to_the_same_losses(script, sdaa_run, data, tmp_pa
     script(tmp_path / "stopping.py", *flags, processes=2, ok=False)
     assert load_checkpoint(tmp_path / "run/last.pt")["iter"] in (2, 3)
     script("train.py", *flags, "--resume", processes=2)
-    losses, expected = (
-        [entry["loss"] for entry in entries(folder / "log.jsonl", "train")]
-        for folder in (tmp_path / "run", sdaa_run[0])
-    )
+    logs = [entries(folder / "log.jsonl", "train") for folder in (tmp_path / "run", sdaa_run[0])]
+    losses, expected = ([entry["loss"] for entry in log] for log in logs)
     assert losses == pytest.approx(expected, rel=0.01)
 
 

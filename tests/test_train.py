@@ -62,9 +62,6 @@ def train_by_hand(data, count, batch, accum=1, seed=0, lr=0.01, weight_decay=5e-
     return model, losses
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------
-
-
 def test_two_ranks_train_validate_save_and_draw(trained, data):
     drawn = {"curve.png", "samples.png", "scores.png"}
     assert {path.name for path in trained.iterdir()} == {"log.jsonl", "last.pt", "best.pt", *drawn}
@@ -179,7 +176,7 @@ def test_data_loader_workers_fit_into_shared_memory(printed, monkeypatch):
 
 
 def test_each_seed_rank_and_iteration_has_its_dropout_and_one_rank_writes(train_here, tmp_path, monkeypatch, capsys):
-    seeds, flags = [], ["--max-iters", 2, "--seed"]
+    seeds = []
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(torch.distributed, name, lambda *args, **options: None)
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 1)]))
@@ -187,14 +184,10 @@ def test_each_seed_rank_and_iteration_has_its_dropout_and_one_rank_writes(train_
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 1}.items():
             monkeypatch.setenv(name, str(value))
         folder = tmp_path / f"{rank}{seed}"
-        train_here(
-            *flags, seed, folder=folder, validate=False, before_loss=lambda *_: seeds.append(torch.initial_seed())
-        )
+        flags, options = ("--max-iters", 2, "--seed", seed), dict(folder=folder, validate=False)
+        train_here(*flags, **options, before_loss=lambda *_: seeds.append(torch.initial_seed()))
         assert folder.exists() == bool(capsys.readouterr().out) == (rank == 0)
     assert len(set(seeds)) == len(seeds) == 6
-
-
-# ---- flags -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_these_steps_of_sgd(train_here, data, tmp_path):
@@ -278,14 +271,9 @@ def test_training_starts_from_the_weights_and_ends_with_the_score_and_the_files(
 
 def test_the_loss_of_validation_is_that_of_whole_images(trained, data):
     forward = make_forward(load_model(trained / "last.pt")[0], Accelerator("cpu"))
-    losses = [
-        ocr_loss(forward(image[None]), label[None].long(), class_weights(data))[0].item()
-        for image, label in EvalDataset(find_samples(data, "val"), CITYSCAPES)
-    ]
+    samples, weights = EvalDataset(find_samples(data, "val"), CITYSCAPES), class_weights(data)
+    losses = [ocr_loss(forward(image[None]), label[None].long(), weights)[0].item() for image, label in samples]
     assert entries(trained / "log.jsonl", "val")[-1]["loss"] == pytest.approx(sum(losses) / 5, rel=1e-6)
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_training_does_not_start_from_a_file_that_is_no_checkpoint_of_a_run(train_here, trained, tmp_path):
@@ -304,18 +292,14 @@ def test_training_does_not_start_from_a_file_that_is_no_checkpoint_of_a_run(trai
     assert {path.name for path in tmp_path.iterdir()} == {"x.pt", "model.pt"}
 
 
-@pytest.mark.parametrize(
-    "error, status",
-    [
-        (MemoryError(), "^error: out of memory.*--batch-size"),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "^error: out of memory.*--batch-size"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "^error: out of memory"),
-        (TimeoutError(), r"^error: TimeoutError\(\)$"),
-        (InputError("a\nb\nocrnet.InputError: c\n"), "^error: c$"),  # of a data loader worker
-        (KeyboardInterrupt(), "^130$"),
-        (RuntimeError("of the code"), "^of the code$"),  # with its traceback
-    ],
-)
+@pytest.mark.parametrize("error, status", [
+    (MemoryError(), "^error: out of memory.*--batch-size"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "^error: out of memory.*--batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "^error: out of memory"),
+    (TimeoutError(), r"^error: TimeoutError\(\)$"), (KeyboardInterrupt(), "^130$"),
+    (InputError("a\nb\nocrnet.InputError: c\n"), "^error: c$"),  # of a data loader worker
+    (RuntimeError("of the code"), "^of the code$"),  # with its traceback
+])  # fmt: skip
 def test_an_error_is_one_line_and_ctrl_c_a_status(error, status):
     def main():
         raise error
@@ -328,9 +312,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_here, 
     with pytest.raises(InputError, match="^--lr 1e"):
         train_here("--lr", 1e30, "--max-iters", 5)
     assert not list(tmp_path.glob("*.pt"))
-
-
-# ---- long runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import re
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,11 +30,9 @@ SMALL = {  # "deep" has every parameter of "small", and more
 
 
 @pytest.fixture(autouse=True)
-def small_backbones(monkeypatch):
-    for name in list(BACKBONES):
-        monkeypatch.delitem(BACKBONES, name)
-    for name, build in SMALL.items():
-        monkeypatch.setitem(BACKBONES, name, build)
+def small_backbones():
+    with patch.dict(BACKBONES, SMALL, clear=True):
+        yield
 
 
 def random_model(name="small", **more):
@@ -83,21 +82,13 @@ def saved(tmp_path):
     return save
 
 
-# ---- names of other projects -----------------------------------------------------------------------------------------
-
-
 # digest: the sorted lines "NAME HxWx.." of mmsegmentation 1.2.2's models, and of the authors' HRNet-OCR without the two
 # biases that BatchNorm makes superfluous
-@pytest.mark.parametrize(
-    "theirs, name, head, digest",
-    [
-        (as_mmsegmentation, "hr18s", "ocr", "35b8ad16234a11d0"),
-        (as_mmsegmentation, "hr48", "ocr", "6b3572094f7b3cfc"),
-        (as_mmsegmentation, "hr18s", "fcn", "3aafdb42a0922767"),
-        (as_mmsegmentation, "r101", "ocr", "60d1960c69cb7bb6"),
-        (as_authors, "hr48", "ocr", "185843908bee013f"),
-    ],
-)
+@pytest.mark.parametrize("theirs, name, head, digest", [
+    (as_mmsegmentation, "hr18s", "ocr", "35b8ad16234a11d0"), (as_mmsegmentation, "hr48", "ocr", "6b3572094f7b3cfc"),
+    (as_mmsegmentation, "hr18s", "fcn", "3aafdb42a0922767"), (as_mmsegmentation, "r101", "ocr", "60d1960c69cb7bb6"),
+    (as_authors, "hr48", "ocr", "185843908bee013f"),
+])  # fmt: skip
 def test_every_tensor_of_other_projects_gets_our_name(theirs, name, head, digest, monkeypatch):
     monkeypatch.setitem(BACKBONES, name, REAL[name])
     with torch.device("meta"):
@@ -106,20 +97,6 @@ def test_every_tensor_of_other_projects_gets_our_name(theirs, name, head, digest
     lines = sorted(f"{key} {'x'.join(map(str, x.shape))}".rstrip() for key, x in state.items())
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest().startswith(digest)
     assert {rename(key): x.shape for key, x in state.items()} == {k: x.shape for k, x in model.state_dict().items()}
-
-
-@pytest.mark.parametrize(
-    "theirs, ours",
-    [
-        ("ocr_distri_head.object_context_block.f_pixel.1.0.running_var", "head.attention.phi.0.1.running_var"),
-        ("ocr_distri_head.object_context_block.f_object.2.weight", "head.attention.psi.1.0.weight"),
-    ],
-)
-def test_names_of_layers_that_could_be_confused(theirs, ours):
-    assert rename(theirs) == ours == rename(ours)
-
-
-# ---- whole models ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"head": "fcn"}, {"name": "resnet", "deep_stem": True}], ids=str)
@@ -158,11 +135,16 @@ def test_authors_dropout_is_the_default_with_their_weights(saved, dropout, expec
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-def test_checkpoint_of_this_project_gives_the_same_logits(saved, align_corners):
-    source, model = random_model(align_corners=align_corners), build_model("small", 3)
-    path = saved({"model": source.state_dict(), "config": source.config})
+def test_checkpoint_of_this_project_gives_the_same_logits_and_classes(tmp_path, align_corners):
+    source, model, path = random_model(align_corners=align_corners), build_model("small", 3), tmp_path / "x.pt"
+    state = {"model": source.state_dict(), "config": source.config}
+    save_checkpoint(path, state)
     load_weights(model, path)
-    assert same_logits(source, model, load_model(path)[0]) and model.config["align_corners"] == align_corners
+    built, table = load_model(path)
+    assert not built.training and table is None and source.config == model.config == built.config
+    assert same_tensors(source.state_dict(), built.state_dict()) and same_logits(source, model, built)
+    save_checkpoint(path, state | {"classes": CITYSCAPES.rows()})
+    assert load_model(path)[1].labels == CITYSCAPES.labels
 
 
 @pytest.mark.parametrize("prefix", ["module.", "module._orig_mod.", "model.module."])
@@ -172,10 +154,8 @@ def test_prefixes_of_ddp_compile_and_wrappers_are_removed(saved, prefix):
     assert same_logits(source, model)
 
 
-@pytest.mark.parametrize(
-    "averaged, last",
-    [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("state_dict", "ema_state_dict")],
-    ids=["timm", "DeiT", "mmengine"],
+@pytest.mark.parametrize(  # timm, DeiT, mmengine
+    "averaged, last", [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("state_dict", "ema_state_dict")]
 )
 def test_averaged_weights_are_preferred(saved, averaged, last):
     source, model = random_model(), build_model("small", 3)
@@ -204,9 +184,6 @@ def test_nan_and_infinity_are_refused_by_name(saved, value):
         assert refused(load, path).startswith(f"{path}: head.g.1.running_var: ")
 
 
-# ---- parts of models -------------------------------------------------------------------------------------------------
-
-
 def test_classifiers_of_other_classes_are_left_out_and_said(saved):
     source, model = build_model("small", 3), build_model("small", 4)
     report = load_weights(model, saved(as_mmsegmentation(source)))
@@ -227,22 +204,18 @@ def test_another_head_is_left_out_and_said(saved, head, other):
     assert set(report.random) == {f"head.{name}" for name in head_before if "num_batches" not in name}
 
 
-def test_imagenet_hrnet_is_loaded_into_the_backbone(tmp_path):
-    source, model = random_model().backbone.state_dict(), build_model("small")
-    more = {name: torch.zeros(1) for name in ("classifier.weight", "classifier.bias", "incre_modules.0.0.bn1.bias")}
-    torch.save(source | more, tmp_path / "x.pth", _use_new_zipfile_serialization=False)  # as in 2019
+@pytest.mark.parametrize("name, build, more", [
+    ("small", lambda: random_model().backbone, ["classifier.weight", "classifier.bias", "incre_modules.0.0.bn1.bias"]),
+    ("resnet", lambda: TorchvisionResNet(Bottleneck, [1, 1, 1, 1]), ["fc.weight", "fc.bias"]),
+])  # fmt: skip
+def test_imagenets_hrnet_and_torchvisions_resnet_are_loaded_into_the_backbone(tmp_path, name, build, more):
+    source, model = build().state_dict() | {key: torch.zeros(1) for key in more}, build_model(name)
+    torch.save(source, tmp_path / "x.pth", _use_new_zipfile_serialization=name == "resnet")  # HRNet's: as in 2019
     report = load_weights(model, tmp_path / "x.pth")
-    assert report.ignored == list(more) and all(name.startswith("head.") for name in report.random)
-    assert same_tensors(source, model.backbone.state_dict())
-    assert re.findall(r"\((.*?)\)", str(report)) == [", ".join(more), ", ".join([*report.random[:3], "..."])]
-    assert re.findall(r"(\d+) \w* ?of the", str(report)) == ["3", str(len(report.random))]
-
-
-def test_torchvisions_resnet_is_loaded_into_the_backbone(saved):
-    source, model = TorchvisionResNet(Bottleneck, [1, 1, 1, 1]).state_dict(), build_model("resnet")
-    report = load_weights(model, saved(source))
-    assert report.ignored == ["fc.weight", "fc.bias"] and all(name.startswith("head.") for name in report.random)
+    assert report.ignored == more and all(key.startswith("head.") for key in report.random)
     assert same_tensors(model.backbone.state_dict(), source)
+    assert re.findall(r"\((.*?)\)", str(report)) == [", ".join(more), ", ".join([*report.random[:3], "..."])]
+    assert re.findall(r"(\d+) \w* ?of the", str(report)) == [str(len(more)), str(len(report.random))]
 
 
 @pytest.mark.parametrize("name", ["wide", "deep"])
@@ -289,12 +262,8 @@ def test_only_whole_models_are_evaluated(saved):
     state = as_mmsegmentation(model)
     del state["decode_head.1.bottleneck.conv.weight"]
     assert "head.pixel_head.0.weight" in refused(load_model, saved(state))
-    assert "expected a backbone of deep, resnet, small, wide" in refused(
-        load_model, saved({"classifier.weight": torch.ones(1)})
-    )
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+    path = saved({"classifier.weight": torch.ones(1)})
+    assert "expected a backbone of deep, resnet, small, wide" in refused(load_model, path)
 
 
 class Exploit:
@@ -319,17 +288,11 @@ def test_file_with_other_objects_is_refused_with_a_command_that_keeps_its_tensor
     assert not load_weights(model, tmp_path / "weights.pth").random
 
 
-@pytest.mark.parametrize(
-    "content, found",
-    [
-        (b"", "an empty file"),
-        (b"<!DOCTYPE html>", "an HTML page"),
-        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        (b"\x89PNG", "another format"),
-        (b"PK\x03\x04", "incomplete"),
-        (b"\x80\x02", "incomplete"),
-    ],
-)
+@pytest.mark.parametrize("content, found", [
+    (b"", "an empty file"), (b"<!DOCTYPE html>", "an HTML page"), (b"\x89PNG", "another format"),
+    (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"), (b"PK\x03\x04", "incomplete"),
+    (b"\x80\x02", "incomplete"),
+])  # fmt: skip
 def test_file_that_is_no_checkpoint_is_named_and_described(tmp_path, content, found):
     path = tmp_path / "x.pth"
     path.write_bytes(content)
@@ -348,20 +311,6 @@ def test_incomplete_or_other_dicts_are_refused(tmp_path, saved, monkeypatch):
             assert str(path) in refused(load, path)
     monkeypatch.chdir(tmp_path.parent)  # a folder's name is no name of hub.py
     assert "best.pt" in refused(load_model, tmp_path.name)
-
-
-# ---- checkpoints of this project -------------------------------------------------------------------------------------
-
-
-def test_checkpoint_restores_its_model_and_classes(tmp_path):
-    model = build_model("small", num_classes=4)
-    state = {"model": model.state_dict(), "config": model.config}
-    save_checkpoint(tmp_path / "x.pt", state)
-    again, table = load_model(tmp_path / "x.pt")
-    assert not again.training and again.config == model.config and table is None
-    assert same_tensors(model.state_dict(), again.state_dict())
-    save_checkpoint(tmp_path / "x.pt", state | {"classes": CITYSCAPES.rows()})
-    assert load_model(tmp_path / "x.pt")[1].labels == CITYSCAPES.labels
 
 
 @pytest.mark.parametrize("config", [{"name": "small", "num_classes": 4}, {"name": "small", "depth": 9}, []])

@@ -22,12 +22,12 @@ import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import numpy as np
 import torch
@@ -49,11 +49,7 @@ from ocrnet.losses import ocr_loss  # noqa: E402
 from ocrnet.metrics import ConfusionMatrix  # noqa: E402
 from ocrnet.models import build_model  # noqa: E402
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HAS_PEER = importlib.util.find_spec("mmseg") is not None
-
-
-# ---- what is measured: classes with the same methods, each run in a process of its own -------------------------------
 
 
 def reset_peak() -> float:
@@ -80,8 +76,10 @@ def seconds_of(work: Callable[[], object], device: torch.device, times: int = 1)
 
 
 class Ours:
+    """What is measured: methods that are called in a process of their own."""
+
     def __init__(self, case: dict):
-        self.case = case
+        self.case, self.index = case, 0
         amp = case["dtype"] != "fp32"
         self.accelerator = Accelerator(case["device"], amp, case["dtype"] if amp else None)
         self.device, self.layout = self.accelerator.device, self.accelerator.memory_format
@@ -133,7 +131,6 @@ class Ours:
     def prepare_loader(self) -> None:
         samples = find_samples(Path(self.case["data"]), "train")
         self.dataset = TrainDataset(samples, CITYSCAPES, self.case["crop_size"], seed=0)
-        self.index = 0
 
     def load(self) -> float:
         self.index += 1
@@ -185,7 +182,6 @@ class Peer(Ours):
         cv2.setNumThreads(0)  # as its runner does
         self.dataset = find_samples(Path(self.case["data"]), "train")
         self.pipeline = Compose([step for step in self.config.train_pipeline if step.type != "PackSegInputs"])
-        self.index = 0
 
     def load(self) -> float:
         sample = self.dataset[self.index % len(self.dataset)]
@@ -207,28 +203,21 @@ def serve(who: str, case: dict) -> None:
         print(json.dumps(result), file=answers, flush=True)
 
 
-class Process:
-    """A handle on one measured process: calling it with the name of a method returns that method's result."""
+class Process(Popen):
+    """A measured process. Calling it with the name of a method returns that method's result."""
 
     def __init__(self, who: str, case: dict):
         script = Path(case["against"], "tests/benchmark/bench.py") if who == "before" else __file__
         command = [sys.executable, str(script), "--serve", who.replace("before", "ours"), json.dumps(case)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(case["threads"])}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        super().__init__(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment)
 
     def __call__(self, method: str):
-        self.process.stdin.write(method + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        print(method, file=self.stdin, flush=True)
+        answer = self.stdout.readline()
         if not answer:
-            sys.exit(f"the measured process ended at {method!r}:\n{self.process.stderr.read()}")
+            sys.exit(f"the measured process ended at {method!r}:\n{self.stderr.read()}")
         return json.loads(answer)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def take_turns(case: dict, who: list[str], prepare: str, method: str, repeat: int, warm: int = 1) -> dict:
@@ -246,26 +235,21 @@ def take_turns(case: dict, who: list[str], prepare: str, method: str, repeat: in
             seconds[name].append(process(method))
     memory = {name: process("memory") for name, process in processes.items()}
     for process in processes.values():
-        process.close()
+        process.communicate()  # it ends with its input
     return {name: (statistics.median(seconds[name][warm:]), memory[name]) for name in who}
 
 
-# ---- the tables ------------------------------------------------------------------------------------------------------
-
-
-def write_images(root: Path, splits: dict[str, int]) -> None:
-    """A data set of streets of 2048x1024 with camera noise, whose PNGs have 3.7 MB (Cityscapes': 2.3)."""
-    for split, count in splits.items():
-        images, labels = (root / folder / split / "bench" for folder in ("leftImg8bit", "gtFine"))
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
-        for i in range(count):
-            rng = np.random.default_rng(i)
-            image, label = street(rng, (1024, 2048))
-            noisy = np.asarray(image).astype(float) + rng.normal(0, 2.0, (1024, 2048, 1))
-            noisy = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-            noisy.save(images / f"bench_{i:06d}_000000_leftImg8bit.png")
-            label.save(labels / f"bench_{i:06d}_000000_gtFine_labelIds.png")
+def write_images(root: Path, count: int = 4) -> None:
+    """A training split of streets of 2048x1024 with camera noise, whose PNGs have 3.7 MB (Cityscapes': 2.3)."""
+    for folder in ("leftImg8bit/train/bench", "gtFine/train/bench"):
+        (root / folder).mkdir(parents=True)
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        image, label = street(rng, (1024, 2048))
+        noisy = np.asarray(image) + rng.normal(0, 2.0, (1024, 2048, 1))
+        noisy = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        noisy.save(root / f"leftImg8bit/train/bench/{i}_leftImg8bit.png")
+        label.save(root / f"gtFine/train/bench/{i}_gtFine_labelIds.png")
 
 
 def compare(head: str, results: dict, images: int = 1) -> None:
@@ -279,27 +263,23 @@ def compare(head: str, results: dict, images: int = 1) -> None:
 def bench_step(args: argparse.Namespace, who: list[str]) -> None:
     for dtype in args.dtype:
         for batch in args.batch_size:
-            results = take_turns(case_of(args, dtype, batch), who, "build", "step", args.repeat, warm=3)
+            case = vars(args) | {"dtype": dtype, "batch": batch}
+            results = take_turns(case, who, "build", "step", args.repeat, warm=3)
             compare(f"step, {batch} x {args.crop_size[0]}x{args.crop_size[1]}, {dtype}", results, batch)
 
 
 def bench_loader(args: argparse.Namespace, who: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder), {"train": 4})
-        case = case_of(args, "fp32", 1) | {"crop_size": [512, 1024], "threads": 1, "data": folder}
+        write_images(Path(folder))
+        case = vars(args) | {"dtype": "fp32", "crop_size": [512, 1024], "threads": 1, "data": folder}
         results = take_turns(case, who, "prepare_loader", "load", 20 * args.repeat, warm=4)
         compare("a 512x1024 crop of a 2048x1024 PNG", results)
 
 
 def bench_evaluation(args: argparse.Namespace, who: list[str]) -> None:
     for dtype in args.dtype:
-        case = case_of(args, dtype, 1) | {"crop_size": [1024, 2048]}
+        case = vars(args) | {"dtype": dtype, "batch": 1, "crop_size": [1024, 2048]}
         compare(f"evaluation, 1024x2048, {dtype}", take_turns(case, who, "build", "evaluate", args.repeat))
-
-
-def case_of(args: argparse.Namespace, dtype: str, batch: int) -> dict:
-    names = ("model", "crop_size", "device", "compile", "threads", "against")
-    return {name: getattr(args, name) for name in names} | {"dtype": dtype, "batch": batch}
 
 
 def main() -> None:
@@ -310,7 +290,7 @@ def main() -> None:
     parser.add_argument("--model", default="hr18", **show)
     parser.add_argument("--crop-size", type=int, nargs=2, default=[512, 1024], metavar=("H", "W"), **show)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], **show)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], **show)
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16", "fp16"], default=["fp32", "bf16"], **show)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", **show)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), **show)

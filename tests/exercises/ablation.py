@@ -21,14 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from ocrnet.logs import read_log  # noqa: E402
 
-EXERCISES = {  # flags of train.py
-    "ocr": [],
-    "detach": [],
-    "fcn": ["--head", "fcn"],
-    "ground_truth": [],
-    "upper_bound": [],
-    "width": ["--model", "hr9t"],
-}
+FLAGS = {"fcn": ["--head", "fcn"], "width": ["--model", "hr9t"]}  # of train.py
+EXERCISES = ["ocr", "detach", "fcn", "ground_truth", "upper_bound", "width"]
 
 
 def measure(exercise: str, seed: int, folder: Path, flags: list[str]) -> tuple[float, int]:
@@ -36,7 +30,7 @@ def measure(exercise: str, seed: int, folder: Path, flags: list[str]) -> tuple[f
     run, solution = folder / f"{exercise}-{seed}", FOLDER / f"{exercise}.py"
     paths = ["--data-path", folder / "synthetic", "--output-dir", run]
     command = [sys.executable, solution if solution.exists() else ROOT / "train.py", "--demo", "--resume", *paths]
-    subprocess.run([*map(str, command), "--seed", str(seed), *EXERCISES[exercise], *flags], check=True)
+    subprocess.run([*map(str, command), "--seed", str(seed), *FLAGS.get(exercise, []), *flags], check=True)
     state = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
     parameters = sum(x["momentum_buffer"].numel() for x in state["optimizer"]["state"].values())
     return 100 * read_log(run).val[-1]["mIoU"], parameters
@@ -45,13 +39,11 @@ def measure(exercise: str, seed: int, folder: Path, flags: list[str]) -> tuple[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--only", nargs="+", choices=EXERCISES, default=list(EXERCISES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=EXERCISES, default=EXERCISES, metavar="NAME")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/ablation"), metavar="DIR")
     args, flags = parser.parse_known_args()
-    results = {
-        exercise: [measure(exercise, seed, args.output_dir.resolve(), flags) for seed in args.seeds]
-        for exercise in args.only
-    }
+    folder = args.output_dir.resolve()
+    results = {name: [measure(name, seed, folder, flags) for seed in args.seeds] for name in args.only}
     print("| | trained parameters | mIoU of each seed | mean |\n| --- | --- | --- | --- |")
     for exercise, runs in results.items():
         miou, parameters = zip(*runs)

@@ -119,11 +119,9 @@ def train_and_score(model: str, head: str, seed: int, folder: Path) -> dict:
     scores, this = run_folder.with_suffix(".json"), [sys.executable, __file__]
     if not scores.exists():
         settings = f"--model {model} --head {head} --seed {seed} {FLAGS} --resume".split()
-        train = [*settings, "--output-dir", run_folder]
         evaluate = ["evaluate", "--ckpt", run_folder / "last.pt", "--json", scores]
-        for command in (train, evaluate):
-            command = [*this, *map(str, command), "--data-path", str(data)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for flags in ([*settings, "--output-dir", run_folder], evaluate):
+            subprocess.run([*this, *flags, "--data-path", data], check=True, stdout=subprocess.DEVNULL)
     return json.loads(scores.read_text())
 
 

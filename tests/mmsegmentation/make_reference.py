@@ -31,8 +31,6 @@ GRADIENTS = (
     "decode_head.1.conv_seg.bias",
 )
 
-# ---- weights and inputs, the same for both implementations -----------------------------------------------------------
-
 
 def tensor_of(name: str, like: Tensor) -> Tensor:
     """A tensor that depends only on its name in mmsegmentation and its shape. Integers are returned as they are."""
@@ -41,24 +39,16 @@ def tensor_of(name: str, like: Tensor) -> Tensor:
         return like
     if name.endswith("running_var"):
         return torch.rand(like.shape, generator=generator) + 0.5
-    if name.endswith("running_mean"):
-        return torch.randn(like.shape, generator=generator) * 0.1
     if like.ndim == 1 and name.endswith("weight"):
         return torch.rand(like.shape, generator=generator) * 0.5 + 0.5
     if like.ndim == 1:
         return torch.randn(like.shape, generator=generator) * 0.1
-    fan_in = like.shape[1] * like.shape[2] * like.shape[3]
-    return torch.randn(like.shape, generator=generator) * (2 / fan_in) ** 0.5
+    return torch.randn(like.shape, generator=generator) * (2 / like[0].numel()) ** 0.5  # by the fan in
 
 
 def random_image(*shape: int, seed: int) -> Tensor:
     """Normal values, in place of a normalized image."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def eval_image(size: tuple[int, int]) -> Tensor:
-    """(1, 3, H, W)."""
-    return random_image(1, 3, *size, seed=size[0])
 
 
 def train_batch() -> tuple[Tensor, Tensor]:
@@ -72,13 +62,10 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
 
-# ---- mmsegmentation --------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def peer_logits(model: nn.Module, size: tuple[int, int]) -> list[list[float]]:
     """Final logits and region logits of pixel (H // 3, W // 2), resized to the image: 2 x 19."""
-    features = model.eval().extract_feat(eval_image(size).double())
+    features = model.eval().extract_feat(random_image(1, 3, *size, seed=size[0]).double())
     region_logits = model.decode_head[0](features)  # (1, K, H/4, W/4), r101: (1, K, H/8, W/8)
     logits = model.decode_head[1](features, region_logits)
     pixels = []

@@ -28,7 +28,6 @@ def load_config(model: str):
     warnings.filterwarnings("ignore")
     if importlib.util.find_spec("mmcv._ext") is None:
         sys.modules["mmcv.ops"] = StubModule("mmcv.ops")
-    import mmseg
     import mmseg.datasets
     import mmseg.models
     from mmengine.config import Config

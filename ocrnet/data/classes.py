@@ -161,7 +161,7 @@ def read_classes(root: Path | str) -> ClassTable:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected JSON, of which prepare_cityscapes.py prints a start ({error})") from None
+        raise InputError(f"{path}: expected the classes, as prepare_cityscapes.py prints them ({error})") from None
     return ClassTable.from_rows(rows, str(path))
 
 

@@ -304,7 +304,7 @@ def check_labels(train_set: TrainDataset, val_set: EvalDataset, print0: Callable
             values = ", ".join(str(value) for value, _ in count_values(samples[::step]).most_common(20))
             raise InputError(
                 f"{samples[0].label} and the others: expected pixels of {least} or more classes, "
-                f"found {np.count_nonzero(pixels)} class in the values {values}: {rule}"
+                f"found {np.count_nonzero(pixels)}, with the values {values}: {rule}"
             )
         missing = [name for name, found in zip(table.names, pixels) if not found]
         if missing and least == 2:

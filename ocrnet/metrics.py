@@ -1,5 +1,6 @@
 """IoU, as cityscapesScripts' evalPixelLevelSemanticLabeling defines it. Notation: K classes."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,8 @@ class ConfusionMatrix:
         """
         valid = all(isinstance(x, Tensor) and not x.is_floating_point() for x in (target, prediction))
         if not valid or target.shape != prediction.shape or not target.numel():
-            raise ValueError(f"expected integer tensors of one shape with pixels, found {target} and {prediction}")
+            found = (f"{type(x).__name__} {getattr(x, 'dtype', '')} {[*np.shape(x)]}" for x in (target, prediction))
+            raise ValueError(f"expected integer tensors of one shape with pixels, found {' and '.join(found)}")
         k = len(self.counts)
         low, high = prediction.aminmax()
         if low < 0 or high >= k:

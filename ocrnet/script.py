@@ -54,6 +54,9 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except (InputError, OSError, EOFError) as error:
         message = last_line(error)
+        if received and isinstance(error, InputError):  # as that last.pt cannot be written
+            with contextlib.suppress(OSError):  # of a closed terminal
+                print(f"error: {message}", file=sys.stderr, flush=True)
     except (MemoryError, RuntimeError) as error:
         # while a CUDA graph is recorded another error follows the lack of memory
         errors = [error, *filter(None, [error.__cause__, error.__context__])]

@@ -80,6 +80,14 @@ def test_a_frozen_backbone_keeps_weights_and_statistics_through_validations_and_
         assert changed == {"head"}
 
 
+def test_a_model_that_is_frozen_as_a_whole_stays_in_evaluation_mode():
+    model = build_model("tiny").requires_grad_(False)
+    for change_mode in (model.eval, model.train):
+        assert not any(module.training for module in change_mode().modules())
+    model.head.requires_grad_(True)
+    assert model.train().head.training and not model.backbone.training
+
+
 def test_averaged_weights_are_saved_restored_and_evaluated(train_changed, tmp_path, main, data, capsys):
     state = train_changed("averaged weights")
     assert state["ema"]["n_averaged"] == 3

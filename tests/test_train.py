@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -306,6 +307,23 @@ def test_an_error_is_one_line_and_ctrl_c_a_status(error, status):
 
     with pytest.raises((SystemExit, RuntimeError), match=status):
         run_script(main)
+
+
+def test_a_lack_of_memory_while_a_graph_is_recorded_is_one_line():
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(SystemExit, match="^error: out of memory"):
+        run_script(lambda: (_ for _ in ()).throw(error))
+
+
+def test_an_error_after_a_stop_signal_is_said_and_has_the_signals_status(monkeypatch, capsys):
+    def main():
+        raise InputError("last.pt: cannot be written")
+
+    monkeypatch.setattr("ocrnet.script.received", [signal.SIGTERM])
+    with pytest.raises(SystemExit) as exit:
+        run_script(main)
+    assert exit.value.code == 143 and capsys.readouterr().err == "error: last.pt: cannot be written\n"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_here, tmp_path):

@@ -134,9 +134,8 @@ def open_image(path: Path) -> Image.Image:
     """Decode an image in its own mode, rotated as its EXIF orientation says. Raise InputError if it is damaged."""
     try:
         image = Image.open(path)
-        image.info["deep"] = ";16" in str(
-            image.tile
-        )  # 16 bits per channel, of which PIL keeps the upper 8 if not mode I
+        # 16 bits per channel, of which PIL keeps the upper 8 unless the mode is I
+        image.info["deep"] = ";16" in str(image.tile)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image

@@ -95,7 +95,7 @@ class OCRNet(nn.Module):
         So ``net.backbone.requires_grad_(False)`` also keeps the statistics of BatchNorm, which are no parameters.
         """
         super().train(mode)
-        for module in self.modules():
+        for module in self.modules() if mode else ():  # eval() calls train(False)
             parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.eval()
@@ -141,13 +141,17 @@ def build_model(
     backbone = BACKBONES[name]()
     if deep_stem:
         backbone.use_deep_stem()
-    channels, hidden = backbone.out_channels, (backbone.reduction, backbone.kernel_size)
+    region_in_channels, in_channels = backbone.out_channels
+    channels, key_channels = backbone.head_channels
     dropout = backbone.dropout if dropout is None else dropout
-    region_dropout = dropout if backbone.dropout else 0.0  # HRNet's own is 0: none before its region classifier
+    common = dict(reduction=backbone.reduction, kernel_size=backbone.kernel_size, dropout=dropout)
     if head == "ocr":
-        head_module = OCRHead(*channels, num_classes, *hidden, *backbone.head_channels, region_dropout, dropout)
+        common["region_dropout"] = dropout if backbone.dropout else 0.0  # none with HRNet, whose own is 0
+        built = OCRHead(
+            region_in_channels, in_channels, num_classes, channels=channels, key_channels=key_channels, **common
+        )
     else:
-        head_module = FCNHead(channels[1], num_classes, *hidden, dropout)
-    model = OCRNet(backbone, head_module, config)
+        built = FCNHead(in_channels, num_classes, **common)
+    model = OCRNet(backbone, built, config)
     model.set_align_corners(align_corners)
     return model

@@ -105,7 +105,8 @@ def kind_of(path: Path, error: Exception) -> str:
     if code := re.search(r"GLOBAL (\S+)", str(error)):
         command = f"x = torch.load({str(path)!r}, weights_only=False); torch.save(x['state_dict'], 'weights.pth')"
         return f'one with code ({code[1]}); if you trust it, keep only its tensors: python -c "import torch; {command}"'
-    start = path.read_bytes()[:24]
+    with open(path, "rb") as file:
+        start = file.read(24)
     if start.startswith((b"PK", b"\x80")):
         return f"a damaged or incomplete one of {path.stat().st_size:,} bytes"
     if start.startswith(b"version https://git-lfs"):
